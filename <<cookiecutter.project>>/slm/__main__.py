@@ -1,0 +1,5 @@
+"""`python -m slm`: the commands of the loop."""
+
+from slm.cli import main
+
+main()

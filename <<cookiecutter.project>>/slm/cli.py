@@ -1,0 +1,63 @@
+"""The command line: every refusal is one sentence and exit code 1."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from slm.errors import SlmError
+from slm.settings import load_settings, parse_override
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="From a written contract to a proven small model."
+)
+Profile = Annotated[str, typer.Option(help="A profile of project.yaml: default, smoke, cpu, gpu.")]
+RunId = Annotated[str, typer.Option(help="Names the run's folders; letters, digits, '.', '_', '-'.")]
+Config = Annotated[str, typer.Option(help="The settings file.")]
+
+
+@app.callback()
+def _commands() -> None:
+    """Keep `run` a named command however many there are."""
+
+
+@app.command()
+def run(
+    stages: Annotated[list[str], typer.Argument(help="all, 04, 04_curate, or a span 03-06")],
+    profile: Profile = "default",
+    run_id: RunId = "dev",
+    s: Annotated[list[str] | None, typer.Option("-s", help="A setting for this run, key=value; repeatable.")] = None,
+    config: Config = "project.yaml",
+    resume: Annotated[bool, typer.Option("--resume", help="Skip the stages that are done and unchanged.")] = False,
+) -> None:
+    """Run the numbered notebooks headlessly, in order."""
+    from slm import runner
+
+    overrides = dict(parse_override(item) for item in s or [])
+    settings = load_settings(config, profile, overrides, run_id)
+    records = runner.run(settings, stages, config, overrides, resume)
+    total = sum(record["seconds"] for record in records)
+    print(f"run {run_id}: {len(records)} stages, {total / 60:.1f} minutes; see outputs/runs/{run_id}/")
+
+
+@app.command()
+def release(run_id: str, profile: Profile = "default", config: Config = "project.yaml") -> None:
+    """Check the release gates of a run; exit 1 when one does not pass."""
+    from slm.evaluate.release import check
+
+    gates = check(load_settings(config, profile, {}, run_id), run_id)
+    for gate in gates:
+        print(f"{gate.status:<8} {gate.name}: {gate.detail}")
+    failed = [gate.name for gate in gates if gate.status != "pass"]
+    if failed:
+        raise SlmError(f"run {run_id} is not released; not passed: {', '.join(failed)}.")
+    print(f"run {run_id} passes every release gate.")
+
+
+def main() -> None:
+    """Run the command line; a user's error prints one line, exit code 1."""
+    try:
+        app()
+    except SlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,132 @@
+"""The contract: what goes in, what must come out, and how it is judged. The user fills one in `task/contract.py`."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from pydantic import BaseModel, ValidationError
+
+from slm.errors import SlmError
+from slm.rows import Row, explain
+
+TASK_TYPES = (
+    "classification", "extraction", "json_generation", "tool_calling", "rewriting", "qa", "review", "planning", "safety",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What was read from an answer. `stage` is where it failed: "json", "schema" or None."""
+
+    value: dict | None
+    error: str | None = None
+    stage: str | None = None
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The written agreement of one narrow task.
+
+    `output` is a pydantic model; from it come the JSON schema, the parser and the canonical text.
+    `label_field` is the field that names the category, `null_label` its value for "nothing to do here".
+    `target` is the least value of `primary_metric` (0 to 1) that would be released.
+    """
+
+    name: str
+    task_type: str
+    output: type[BaseModel]
+    system_prompt: str
+    primary_metric: str
+    target: float
+    critical: tuple[str, ...] = ()
+    label_field: str | None = None
+    null_label: str | None = None
+    unsafe_labels: tuple[str, ...] = ()
+    brief: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.task_type not in TASK_TYPES:
+            raise SlmError(f"task/contract.py: task_type {self.task_type!r} is not one of {', '.join(TASK_TYPES)}.")
+        if not self.system_prompt.strip():
+            raise SlmError("task/contract.py: system_prompt is empty; write the one sentence that states the task.")
+
+    @cached_property
+    def schema(self) -> dict:
+        """The JSON schema of the output."""
+        return self.output.model_json_schema()
+
+    @property
+    def schema_hash(self) -> str:
+        """12 hex digits that change when the schema or the system prompt does."""
+        text = json.dumps(self.schema, sort_keys=True) + self.system_prompt
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def parse(self, text: str, lenient: bool = False) -> Parsed:
+        """Read an answer. Strict: the whole text is the JSON value. Lenient: the first object found in it."""
+        if lenient:
+            text = first_object(text)
+        try:
+            data = json.loads(text, object_pairs_hook=_no_twice, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            return Parsed(None, f"not JSON: {error}", "json")
+        try:
+            return Parsed(self.output.model_validate_json(json.dumps(data), strict=True).model_dump(exclude_unset=True))
+        except ValidationError as error:
+            return Parsed(data if isinstance(data, dict) else None, explain(error), "schema")
+
+    def dump(self, value: dict) -> str:
+        """The canonical text of an output: compact JSON, fields in the order of the schema. Raises SlmError if invalid."""
+        try:
+            model = self.output.model_validate(value)
+        except ValidationError as error:
+            raise SlmError(f"the value breaks the contract {self.name}: {explain(error)}.") from None
+        return json.dumps(model.model_dump(exclude_unset=True), ensure_ascii=False, separators=(",", ":"))
+
+    def prompt(self, text: str) -> list[dict]:
+        """The messages that the trained model sees for one input."""
+        return [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": text}]
+
+    def messages(self, row: Row) -> list[dict]:
+        """A row's messages with the contract's system prompt in front, whatever the row carried."""
+        turns = [m.model_dump() for m in row.messages if m.role != "system"]
+        return [{"role": "system", "content": self.system_prompt}, *turns]
+
+    def label(self, value: dict | None) -> str | None:
+        """The category of an output, or None."""
+        return None if value is None or self.label_field is None else value.get(self.label_field)
+
+    @staticmethod
+    def flatten(value: dict | None, prefix: str = "") -> dict:
+        """Nested fields by dotted names: {"tool": "x", "arguments": {"a": 1}} -> {"tool": "x", "arguments.a": 1}."""
+        flat = {}
+        for key, item in (value or {}).items():
+            if isinstance(item, dict):
+                flat |= Contract.flatten(item, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = item
+        return flat
+
+
+def first_object(text: str) -> str:
+    """The first balanced {...} of a text, or the text itself. Prose and code fences around it are left out."""
+    decoder = json.JSONDecoder()
+    for match in re.finditer(r"\{", text):
+        try:
+            _, end = decoder.raw_decode(text, match.start())
+            return text[match.start() : end]
+        except (ValueError, RecursionError):
+            continue
+    return text
+
+
+def _no_twice(pairs: list[tuple]) -> dict:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return value
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,119 @@
+"""Prompt, Answer, and the base checkpoint as a local folder, whatever `model.base` names."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from slm.errors import SlmError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages of a chat; `schema` asks for constrained JSON where the model can do that. Decoding is greedy."""
+
+    messages: list[dict]
+    max_tokens: int = 128
+    schema: dict | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. `latency_s` is the time its caller waited, the whole batch's when it was answered in one."""
+
+    text: str
+    latency_s: float
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = "stop"  # "stop", "length" or "error"
+
+
+class Model(Protocol):
+    """Anything that answers prompts; `fingerprint` changes whenever an answer might."""
+
+    name: str
+    fingerprint: str
+
+    def answer(self, prompts: list[Prompt]) -> list[Answer]:
+        """One answer per prompt, in order."""
+        ...
+
+
+def base_folder(settings) -> Path:
+    """The local Hugging Face folder of `settings.model.base`; made, found or downloaded on first use.
+
+    Raises SlmError for a model that is neither on this disk nor to be had from the Hub.
+    """
+    base = settings.model.base
+    if base in ("embedded", "tiny"):
+        from slm.models import embedded
+
+        return embedded.folder() if base == "embedded" else embedded.tiny_folder()
+    folder = Path(base).expanduser()
+    folder = folder if folder.is_absolute() else settings.root / folder
+    if (folder / "config.json").is_file():
+        return folder
+    if base.startswith((".", "/", "~")):
+        raise SlmError(f"model.base {base}: no config.json in that folder; give a Hugging Face folder or a Hub id.")
+    return _download(base, settings.model.revision or None)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except GatedRepoError:
+        raise SlmError(f"model.base {repo}: gated; accept its licence on the Hub, then set HF_TOKEN.") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise SlmError(f"model.base {repo}: the Hub has no such model; check the id in project.yaml.") from None
+    except Exception as error:  # no network, no disk: the library raises a dozen types
+        raise SlmError(f"model.base {repo}: not on this disk and not to be had ({type(error).__name__}).") from None
+
+
+def base_hash(settings) -> str:
+    """16 hex digits over the base's weight files, remembered beside the cache by size and time."""
+    import hashlib
+    import json
+
+    from slm.registry import file_hash
+    from slm.rows import write_json
+
+    files = sorted(base_folder(settings).glob("*.safetensors"))
+    key = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
+    memo = settings.path(".cache/base_hash.json")
+    known = json.loads(memo.read_text()) if memo.is_file() else {}
+    if key not in known:
+        digest = hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:16]
+        write_json(memo, known := {**known, key: digest})
+    return known[key]
+
+
+def student(settings, adapter: Path | None = None) -> Model:
+    """The base model, or the base with a trained adapter over it, in `transformers`."""
+    from slm.models.hf import HFModel
+
+    return HFModel(base_folder(settings), adapter, batch_size=settings.evaluate.batch_size)
+
+
+def larger(settings) -> Model | None:
+    """The larger model of the comparison, from `model.larger_gguf` or `model.larger`; None when neither is set."""
+    if settings.model.larger_gguf:
+        from slm.models.llama_cpp import LlamaCppModel
+
+        file = Path(settings.model.larger_gguf).expanduser()
+        return LlamaCppModel(file if file.is_absolute() else settings.root / file, context=settings.evaluate.context)
+    if settings.model.larger.url:
+        from slm.models.openai_api import OpenAIModel
+
+        return OpenAIModel(settings.model.larger)
+    return None
+
+
+def alone(model: Model, prompts: Iterable[Prompt], n: int = 8) -> list[float]:
+    """Seconds per request, one request at a time after one warm-up, uncached: what a lone caller waits."""
+    picked = list(prompts)[:n]
+    model.answer(picked[:1])
+    return [model.answer([prompt])[0].latency_s for prompt in picked]

@@ -1,0 +1,63 @@
+"""What every notebook starts with and ends with: settings in force, a look, a gate."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from slm.errors import SlmError
+from slm.rows import write_text
+from slm.settings import Settings, find_root, load_settings
+
+
+def start(config: str, profile: str, run_id: str, overrides: dict) -> Settings:
+    """Load the settings from the project's root, go there, save the resolved settings, and say what is in force."""
+    root = find_root()
+    os.chdir(root)
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    settings = load_settings(config, profile, overrides, run_id)
+    import yaml
+
+    write_text(settings.run_dir / "settings.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False))
+    print(f"project {settings.project.name} · profile {profile} · run {run_id} · settings {settings.hash}")
+    print(f"base {settings.model.base} · trainer {settings.train.trainer} · teacher {settings.generate.teacher}")
+    for key, value in overrides.items():
+        print(f"override: {key} = {value}")
+    for name in stale_exports(root):
+        print(f"WARNING: {name} is newer than its exported module; run `nbdev-export`.")
+    return settings
+
+
+def stale_exports(root: Path) -> list[str]:
+    """Notebooks whose export cells are not what stands in `task/`: the code of each cell must occur in its module."""
+    stale = []
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        module, cells = exports(path)
+        if module is None:
+            continue
+        file = root / "task" / f"{module}.py"
+        code = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if any(cell not in code for cell in cells):
+            stale.append(path.name)
+    return stale
+
+
+def exports(path: Path) -> tuple[str | None, list[str]]:
+    """The module a notebook exports to (None if none) and the code of its `#| export` cells, directives removed."""
+    module, cells = None, []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        first = source.lstrip().split("\n", 1)[0].strip()
+        if first.startswith("#| default_exp"):
+            module = first.split()[-1]
+        if cell["cell_type"] == "code" and first == "#| export":
+            cells.append(source.lstrip().split("\n", 1)[-1].strip())
+    return module, cells
+
+
+def passed(condition: bool, sentence: str) -> None:
+    """The gate of a notebook: print the sentence, or stop the run with it."""
+    if not condition:
+        raise SlmError(f"gate not passed: {sentence}")
+    print(f"gate passed: {sentence}")

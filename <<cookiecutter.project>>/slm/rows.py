@@ -1,0 +1,194 @@
+"""Rows of data: one JSONL line each, read with errors that name the file and the line, written atomically."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slm.errors import SlmError
+
+Kind = Literal[
+    "canonical", "boundary", "negative", "adversarial", "near_miss", "production_like", "style", "schema_repair"
+]
+Difficulty = Literal["easy", "medium", "hard"]
+Source = Literal["human", "teacher", "production", "program"]
+KINDS: tuple[str, ...] = get_args(Kind)
+DIFFICULTIES: tuple[str, ...] = get_args(Difficulty)
+SOURCES: tuple[str, ...] = get_args(Source)
+
+
+class Message(BaseModel):
+    """One turn of a chat."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Meta(BaseModel):
+    """What is known about a row; `group` keeps rows of one scenario, document or customer on one side of a split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    category: str
+    kind: Kind = "canonical"
+    difficulty: Difficulty = "medium"
+    language: str = "en"
+    source: Source = "human"
+    group: str = ""
+    provenance: dict = Field(default_factory=dict)
+
+
+class Row(BaseModel):
+    """One example. `messages` ends with the assistant's answer; `rejected` holds the worse answer of a preference pair."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: str
+    messages: list[Message] = Field(min_length=2)
+    meta: Meta
+    rejected: str | None = None
+
+    @model_validator(mode="after")
+    def _ends_with_answer(self):
+        if self.messages[-1].role != "assistant":
+            raise ValueError("the last message must be the assistant's")
+        if not any(m.role == "user" for m in self.messages):
+            raise ValueError("there is no user message")
+        return self
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages before the final answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The final assistant content."""
+        return self.messages[-1].content
+
+    @property
+    def user(self) -> str:
+        """The last user message."""
+        return next(m.content for m in reversed(self.messages) if m.role == "user")
+
+
+def content_id(messages: Iterable[Message]) -> str:
+    """A 12-digit hex id from the roles and contents, so that equal rows have equal ids."""
+    text = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def make_row(user: str, answer: str, *, id: str | None = None, rejected: str | None = None, **meta) -> Row:
+    """A row from one question and its answer; `meta` are the fields of `Meta`. The id is the content hash by default."""
+    messages = [Message(role="user", content=user), Message(role="assistant", content=answer)]
+    return Row(id=id or content_id(messages), messages=messages, meta=Meta(**meta), rejected=rejected)
+
+
+def from_any(record: dict, **meta) -> Row:
+    """A row from one of the four formats: instruction, chat, tool call (a chat), preference pair.
+
+    `meta` fills the fields the record does not carry. Raises ValueError when the record is none of the four.
+    """
+    if "messages" in record and "meta" in record:
+        return Row.model_validate(record)
+    if "messages" in record:
+        messages = [Message.model_validate(m) for m in record["messages"]]
+        return Row(id=content_id(messages), messages=messages, meta=Meta(**meta))
+    if "instruction" in record and "output" in record:
+        user = "\n\n".join(t for t in (record["instruction"], record.get("input", "")) if t)
+        return make_row(user, record["output"], **meta)
+    if {"prompt", "chosen", "rejected"} <= record.keys():
+        return make_row(record["prompt"], record["chosen"], rejected=record["rejected"], **meta)
+    raise ValueError("none of the four formats: messages, instruction/output, prompt/chosen/rejected")
+
+
+def explain(error: Exception) -> str:
+    """A validation error as one short phrase that names the field."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    return str(error)
+
+
+def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers (from 1) and non-empty lines of a UTF-8 file. Raises SlmError on a missing file or bad bytes."""
+    path = Path(path)
+    if not path.is_file():
+        raise SlmError(f"{path}: there is no such file.")
+    with path.open("rb") as handle:
+        for number, raw in enumerate(handle, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise SlmError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8.") from None
+            if line.strip():
+                yield number, line
+
+
+def iter_rows(path: Path, **meta) -> Iterator[Row]:
+    """The rows of a JSONL file, in any of the four formats. Raises SlmError with file:line at the first bad line."""
+    for number, line in iter_lines(path):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("a line must be a JSON object")
+            row = from_any(record, **meta)
+        except (ValueError, ValidationError, TypeError) as error:
+            raise SlmError(f"{path}:{number}: {explain(error)}. Mend or remove that line.") from None
+        yield row
+
+
+def read_rows(path: Path, **meta) -> list[Row]:
+    """All rows of a JSONL file. Raises SlmError on a bad line or on two rows with one id."""
+    rows, seen = [], {}
+    for row in iter_rows(path, **meta):
+        if row.id in seen:
+            raise SlmError(f"{path}: rows {seen[row.id]} and {len(rows) + 1} share the id {row.id}; ids must be unique.")
+        seen[row.id] = len(rows) + 1
+        rows.append(row)
+    return rows
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a whole file or nothing: temporary file beside it, fsync, rename."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise SlmError(f"{path}: cannot write ({error.strerror}).") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise SlmError(f"{path}: cannot write ({error.strerror}); nothing was changed. Free some space, run again.") from None
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: Path, value) -> Path:
+    """Write a JSON file atomically, indented, keys in the given order."""
+    return write_text(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> Path:
+    """Write dictionaries as JSONL, atomically."""
+    return write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> Path:
+    """Write rows as JSONL, atomically."""
+    return write_jsonl(path, (row.model_dump(exclude_none=True) for row in rows))

@@ -1,0 +1,313 @@
+"""project.yaml, a profile and overrides become one frozen Settings; a typo is an error that names the key."""
+
+import copy
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from slm.errors import SlmError
+
+
+class Section(BaseModel):
+    """A part of project.yaml: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Project(Section):
+    """Who owns the project; `repository` is the address that Colab installs from."""
+
+    name: str = "model-project"
+    description: str = ""
+    author: str = ""
+    license: str = "Apache-2.0"
+    repository: str = ""
+
+
+class Task(Section):
+    """The answers that decide whether a fine-tune is right (01), and the targets it must meet."""
+
+    domain: str = "support"
+    high_stakes: bool = False
+    expert_review: str = ""  # name of the reviewing expert; required when high_stakes
+    changes_often: bool = False
+    needs_knowledge: bool = False
+    flexible_style: bool = False
+    teacher_is_good: bool = False
+    preference_data: bool = False
+    requests_per_month: int = 1_000_000
+    target_latency_ms: float = 2000.0
+    target_cost_per_1k: float = 0.10  # in `cost.currency`
+
+
+class Endpoint(Section):
+    """An OpenAI-compatible endpoint. The key comes from the environment variable `api_key_env`, never from a file."""
+
+    url: str = ""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = Field(8, ge=1, le=256)
+    timeout_s: float = 60.0
+    retries: int = Field(4, ge=0, le=10)
+    usd_per_1m_input: float = 0.0
+    usd_per_1m_output: float = 0.0
+
+
+class Model(Section):
+    """The student. `base`: "embedded", "tiny", a Hub id or a folder; `larger`: what it is compared with, if anything."""
+
+    base: str = "embedded"
+    license: str = "apache-2.0"
+    revision: str = ""
+    larger_gguf: str = ""
+    larger: Endpoint = Endpoint()
+
+
+class Generate(Section):
+    """Teacher rows (03)."""
+
+    teacher: Literal["recorded", "openai"] = "recorded"
+    endpoint: Endpoint = Endpoint()
+    rows_target: int = Field(600, ge=1)
+    batch_rows: int = Field(20, ge=1, le=200)
+    budget_usd: float = Field(5.0, ge=0)
+    temperature: float = Field(0.9, ge=0, le=2)
+    tokens_per_row: int = Field(300, ge=16)  # room for one row in a teacher's reply; sets max_tokens and the worst case
+    limit: int = Field(0, ge=0)  # stop after this many rows; 0 = no limit
+
+
+class Curate(Section):
+    """Gates, split and seeds (04)."""
+
+    near_duplicate: float = Field(0.7, gt=0, le=1)  # Jaccard similarity of word 3-shingles
+    semantic_duplicate: float = Field(0.92, gt=0, le=1)  # cosine similarity
+    leakage: float = Field(0.6, gt=0, le=1)  # Jaccard against evaluation rows
+    contradiction: float = Field(0.8, gt=0, le=1)
+    min_words: int = Field(2, ge=0)
+    max_tokens: int = Field(512, ge=8)  # rendered row, in the student's tokens
+    small_dataset: int = Field(1000, ge=0)  # below this the split is 70/15/15, from it on 80/10/10
+    seed: int = 0
+    include_seed_rows: bool = True
+
+
+class Train(Section):
+    """The recipe, under the names of training/configs/train_config.yaml, which fills it first."""
+
+    method: Literal["lora", "qlora", "full"] = "qlora"
+    trainer: Literal["trl", "unsloth"] = "trl"
+    max_seq_length: int = Field(2048, ge=16)
+    load_in_4bit: bool = True
+    precision: Literal["bf16", "fp32"] = "bf16"
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    learning_rate: float = Field(2e-4, gt=0)
+    batch_size_per_device: int = Field(2, ge=1)
+    gradient_accumulation_steps: int = Field(8, ge=1)
+    epochs: float = Field(2.0, gt=0)
+    max_steps: int = -1
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    lr_scheduler: str = "cosine"
+    optimizer: str = "paged_adamw_8bit"
+    packing: bool = True
+    group_by_length: bool = True
+    gradient_checkpointing: bool = True
+    eval_steps: int = Field(100, ge=1)
+    save_steps: int = Field(100, ge=1)
+    early_stopping: bool = True
+    seed: int = 0
+
+
+class Evaluate(Section):
+    """Scoring (02, 06)."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    batch_size: int = Field(16, ge=1)
+    context: int = Field(2048, ge=128)
+    fewshot: int = Field(4, ge=0, le=32)
+    limit: int = Field(0, ge=0)  # rows per set; 0 = all
+    confidence: float = Field(0.95, gt=0, lt=1)
+    resamples: int = Field(2000, ge=100)
+    final_test: bool = False  # look at test.jsonl, once, when dev and golden are settled
+    critical_failures_allowed: int = Field(0, ge=0)
+    latency_requests: int = Field(8, ge=1)  # lone, uncached requests that are timed per model
+    false_positive_target: float = Field(0.05, ge=0, le=1)  # most of the null-label rows that may be acted on
+    false_negative_target: float = Field(0.05, ge=0, le=1)  # most of the other rows that may be passed over
+
+
+class Export(Section):
+    """Merge, convert, quantize, prove (08)."""
+
+    quants: list[Literal["f16", "q8_0", "q5_k_m", "q4_k_m"]] = ["f16", "q8_0", "q5_k_m", "q4_k_m"]
+    tolerance_rows: int = Field(1, ge=0)  # golden rows that a file may lose against the adapter
+    context: int = Field(2048, ge=128)
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repeat_penalty: float = 1.05
+
+
+class Repair(Section):
+    """Targeted rows per failure cluster (07); the least and the most are the workflow's 20 and 100."""
+
+    rows_per_cluster_min: int = Field(20, ge=1)
+    rows_per_cluster_max: int = Field(100, ge=1)
+
+
+class Cost(Section):
+    """Rates for the ledger and the cost model; money in `currency`."""
+
+    currency: str = "USD"
+    gpu_hourly_rate: float = 0.0
+    hosting_per_month: float = 0.0
+    maintenance_per_month: float = 0.0
+    larger_price_per_1m_tokens: float = 0.0
+    engineering_hourly_rate: float = 0.0
+
+
+class Settings(Section):
+    """Everything that is in force. `profile` and `run_id` say which run this is."""
+
+    project: Project = Project()
+    task: Task = Task()
+    model: Model = Model()
+    generate: Generate = Generate()
+    curate: Curate = Curate()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    repair: Repair = Repair()
+    cost: Cost = Cost()
+    tracker: Literal["csv", "wandb", "mlflow", "trackio"] = "csv"
+    profile: str = "default"
+    run_id: str = "dev"
+    _root: Path = PrivateAttr(default=Path("."))
+
+    @property
+    def root(self) -> Path:
+        """The project's folder, absolute."""
+        return self._root
+
+    def path(self, relative: str | Path) -> Path:
+        """A path inside the project. Raises SlmError when it would leave the project's folder."""
+        full = (self._root / relative).resolve()
+        if not full.is_relative_to(self._root):
+            raise SlmError(f"{relative}: outside the project's folder {self._root}; use a path inside it.")
+        return full
+
+    @property
+    def run_dir(self) -> Path:
+        """outputs/runs/<run_id>."""
+        return self.path(f"outputs/runs/{self.run_id}")
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits of the resolved settings, without the run id."""
+        body = json.dumps(self.model_dump(exclude={"run_id"}), sort_keys=True)
+        return hashlib.sha256(body.encode()).hexdigest()[:12]
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The nearest folder upwards that holds project.yaml. Raises SlmError when there is none."""
+    here = Path(start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "project.yaml").is_file():
+            return folder
+    raise SlmError(f"{here}: no project.yaml here or above; change to the project's folder.")
+
+
+def load_settings(
+    config: str = "project.yaml", profile: str = "default", overrides: dict | None = None, run_id: str = "dev",
+    start: Path | None = None,
+) -> Settings:  # fmt: skip
+    """Defaults < train_config.yaml < `config` < its profile < `overrides` (dotted keys or nested).
+
+    Raises SlmError for an unknown key, a wrong value, an unknown profile, a bad run id or a file that is not YAML.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run_id) or ".." in run_id:
+        raise SlmError(f"run_id {run_id!r}: use letters, digits, '.', '_' and '-' only, 64 at most.")
+    root = find_root(start)
+    file = (root / config).resolve()
+    if not file.is_relative_to(root):
+        raise SlmError(f"{config}: outside the project's folder {root}; use a path inside it.")
+    data = _yaml(file)
+    profiles = data.pop("profiles", None) or {}
+    if profile != "default" and profile not in profiles:
+        raise SlmError(f"{config}: no profile {profile!r}; there are: {', '.join(['default', *profiles])}.")
+    merged: dict = {"train": _yaml(root / "training/configs/train_config.yaml")}
+    for layer in (data, profiles.get(profile) or {}, nest(overrides or {})):
+        merged = merge(merged, layer)
+    try:
+        settings = Settings.model_validate({**merged, "profile": profile, "run_id": run_id})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        problem = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise SlmError(f"{config} (profile {profile}): {key}: {problem}.{_nearest(key)}") from None
+    settings._root = root
+    return settings
+
+
+def nest(flat: dict) -> dict:
+    """{"train.epochs": 1} -> {"train": {"epochs": 1}}; nested dictionaries pass through."""
+    nested: dict = {}
+    for key, value in flat.items():
+        branch = value
+        for part in reversed(str(key).split(".")):
+            branch = {part: branch}
+        nested = merge(nested, branch)
+    return nested
+
+
+def merge(low: dict, high: dict) -> dict:
+    """`high` over `low`, dictionary by dictionary; lists and values are replaced whole."""
+    result = copy.deepcopy(low)
+    for key, value in high.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else copy.deepcopy(value)
+    return result
+
+
+def parse_override(text: str) -> tuple[str, object]:
+    """"train.epochs=1" -> ("train.epochs", 1); the value is read as YAML. Raises SlmError without a "="."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise SlmError(f"-s {text}: write it as key=value, for example -s train.epochs=1.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key.strip(), value
+
+
+def _yaml(file: Path) -> dict:
+    if not file.is_file():
+        raise SlmError(f"{file}: there is no such file.")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise SlmError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+    if not isinstance(data, dict):
+        raise SlmError(f"{file}: the top of the file must be keys and values.")
+    return data
+
+
+def _nearest(key: str) -> str:
+    import difflib
+
+    *parents, last = key.split(".")
+    section = Settings
+    for part in parents:
+        field = section.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type):
+            return ""
+        section = field.annotation
+    names = difflib.get_close_matches(last, section.model_fields, n=1)
+    return f" Did you mean {'.'.join([*parents, names[0]])}?" if names else ""
