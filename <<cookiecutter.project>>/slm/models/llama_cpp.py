@@ -27,7 +27,7 @@ class LlamaCppModel:
             )
         except ValueError as error:
             raise SlmError(f"{file}: llama.cpp cannot load it ({error}); make it again with 08_export.") from None
-        self.name, self.file, self._penalty = file.stem, file, repeat_penalty
+        self.name, self.file, self._penalty, self._grammars = file.stem, file, repeat_penalty, {}
         self.fingerprint = f"llama.cpp {llama_cpp.__version__} {file_hash(file)[:16]} ctx{context} rp{repeat_penalty}"
 
     def answer(self, prompts: list[Prompt]) -> list[Answer]:
@@ -52,16 +52,32 @@ class LlamaCppModel:
         self.llama.close()
 
     def _chat(self, prompt: Prompt) -> Answer:
-        form = {"type": "json_object", "schema": _inlined(prompt.schema)} if prompt.schema else None
+        grammar = self._grammar(prompt.schema) if prompt.schema else None
         begin = time.perf_counter()
         try:
             out = self.llama.create_chat_completion(
                 prompt.messages, max_tokens=prompt.max_tokens, temperature=0.0, top_p=1.0,
-                repeat_penalty=self._penalty, response_format=form,
+                repeat_penalty=self._penalty, grammar=grammar,
             )  # fmt: skip
         except ValueError as error:  # a prompt longer than the context
             return Answer(f"[{error}]", time.perf_counter() - begin, finish_reason="error")
         return self._answer(out["choices"][0]["message"]["content"] or "", out, begin)
+
+    def _grammar(self, schema: dict):
+        """The schema as a grammar. Raises SlmError where the runtime cannot read it: asked anyway, it would crash."""
+        import llama_cpp
+        from llama_cpp.llama_grammar import LlamaGrammar
+
+        text = json.dumps(_inlined(schema), sort_keys=False)
+        if text not in self._grammars:
+            grammar = LlamaGrammar.from_json_schema(text, verbose=False)
+            vocabulary = llama_cpp.llama_model_get_vocab(self.llama.model)
+            sampler = llama_cpp.llama_sampler_init_grammar(vocabulary, grammar._grammar.encode(), b"root")
+            if not sampler:
+                raise SlmError("the output schema cannot be turned into a grammar; simplify its `pattern` in task/contract.py.")
+            llama_cpp.llama_sampler_free(sampler)
+            self._grammars[text] = grammar
+        return self._grammars[text]
 
     @staticmethod
     def _answer(text: str, out: dict, begin: float) -> Answer:
@@ -73,14 +89,20 @@ class LlamaCppModel:
 
 
 def _inlined(schema: dict) -> dict:
-    """The schema without `$ref` and `discriminator`, which the grammar builder does not take everywhere."""
+    """The schema as the grammar builder takes it: no `$ref`, no `discriminator`, `\\d` spelled out."""
     definitions = schema.get("$defs", {})
 
     def walk(node):
-        if isinstance(node, dict):
-            if "$ref" in node:
-                return walk(definitions[node["$ref"].rsplit("/", 1)[1]])
-            return {k: walk(v) for k, v in node.items() if k not in ("$defs", "discriminator", "title", "description")}
-        return [walk(item) for item in node] if isinstance(node, list) else node
+        if isinstance(node, list):
+            return [walk(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return walk(definitions[node["$ref"].rsplit("/", 1)[1]])
+        if isinstance(node.get("pattern"), str):
+            node = {**node, "pattern": node["pattern"].replace("\\d", "[0-9]").replace("\\w", "[A-Za-z0-9_]")}
+        kept = {k: v for k, v in node.items() if k not in ("$defs", "discriminator", "title", "description")}
+        # Under `properties` the keys are the user's own: a field may well be called "title".
+        return {k: {n: walk(p) for n, p in v.items()} if k == "properties" else walk(v) for k, v in kept.items()}
 
-    return json.loads(json.dumps(walk(schema)))
+    return walk(schema)
