@@ -95,6 +95,9 @@ def from_any(record: dict, **meta) -> Row:
     """
     if "messages" in record and "meta" in record:
         return Row.model_validate(record)
+    known = {"messages", "instruction", "input", "output", "prompt", "chosen", "rejected"}
+    if unknown := sorted(record.keys() - known):
+        raise ValueError(f"unknown field {unknown[0]!r}; a row has id, messages and meta")
     if "messages" in record:
         messages = [Message.model_validate(m) for m in record["messages"]]
         return Row(id=content_id(messages), messages=messages, meta=Meta(**meta))

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from slm.errors import SlmError
 
+RECIPE = "training/configs/train_config.yaml"
+
 
 class Section(BaseModel):
     """A part of project.yaml: unknown keys are refused, values never change after loading."""
@@ -37,6 +39,8 @@ class Task(Section):
     expert_review: str = ""  # name of the reviewing expert; required when high_stakes
     changes_often: bool = False
     needs_knowledge: bool = False
+    must_cite: bool = False  # answers cite or look up documents that change
+    private_corpus: bool = False  # the task rests on a large private corpus
     flexible_style: bool = False
     teacher_is_good: bool = False
     preference_data: bool = False
@@ -84,8 +88,8 @@ class Generate(Section):
 class Curate(Section):
     """Gates, split and seeds (04)."""
 
-    near_duplicate: float = Field(0.7, gt=0, le=1)  # Jaccard similarity of word 3-shingles
-    semantic_duplicate: float = Field(0.92, gt=0, le=1)  # cosine similarity
+    near_duplicate: float = Field(0.6, gt=0, le=1)  # Jaccard similarity of word 3-shingles
+    semantic_duplicate: float = Field(0.85, gt=0, le=1)  # TF-IDF cosine similarity
     leakage: float = Field(0.6, gt=0, le=1)  # Jaccard against evaluation rows
     contradiction: float = Field(0.8, gt=0, le=1)
     min_words: int = Field(2, ge=0)
@@ -158,6 +162,18 @@ class Repair(Section):
 
     rows_per_cluster_min: int = Field(20, ge=1)
     rows_per_cluster_max: int = Field(100, ge=1)
+    clusters_max: int = Field(5, ge=1)  # the largest clusters are repaired first; the others wait for the next run
+    plan: str = ""  # path of a repair_plan.json: 03 then asks the teacher for its rows instead of the grid's
+
+
+class Production(Section):
+    """Logs of the released model (flywheel): evaluation first, training second."""
+
+    logs: str = "data/raw/production_logs.sample.jsonl"
+    random_share: float = Field(0.1, ge=0, le=1)  # of the unremarkable requests, for a person to look at
+    holdout_first: int = Field(8, ge=0)  # corrected failures that the holdout gets before training gets any
+    eval_share: float = Field(0.5, gt=0, le=1)  # of the groups after that; the rest are training candidates
+    seed: int = 0
 
 
 class Cost(Section):
@@ -183,6 +199,7 @@ class Settings(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     repair: Repair = Repair()
+    production: Production = Production()
     cost: Cost = Cost()
     tracker: Literal["csv", "wandb", "mlflow", "trackio"] = "csv"
     profile: str = "default"
@@ -224,9 +241,9 @@ def find_root(start: Path | None = None) -> Path:
 
 def load_settings(
     config: str = "project.yaml", profile: str = "default", overrides: dict | None = None, run_id: str = "dev",
-    start: Path | None = None,
+    start: Path | None = None, recipe: str = RECIPE,
 ) -> Settings:  # fmt: skip
-    """Defaults < train_config.yaml < `config` < its profile < `overrides` (dotted keys or nested).
+    """Defaults < `recipe` < `config` < its profile < `overrides` (dotted keys or nested).
 
     Raises SlmError for an unknown key, a wrong value, an unknown profile, a bad run id or a file that is not YAML.
     """
@@ -240,7 +257,7 @@ def load_settings(
     profiles = data.pop("profiles", None) or {}
     if profile != "default" and profile not in profiles:
         raise SlmError(f"{config}: no profile {profile!r}; there are: {', '.join(['default', *profiles])}.")
-    merged: dict = {"train": _yaml(root / "training/configs/train_config.yaml")}
+    merged: dict = {"train": _yaml(root / recipe)}
     for layer in (data, profiles.get(profile) or {}, nest(overrides or {})):
         merged = merge(merged, layer)
     try:

@@ -1,0 +1,30 @@
+"""Ask the teacher for missing rows: python scripts/generate_batch.py --profile default --limit 100"""
+
+import sys
+from pathlib import Path
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main(profile: str = "default", limit: int = 0, run_id: str = "dev"):
+    """Append the next data/generated/batch_NNN.jsonl. LIMIT: rows at most in this run; 0 asks for all that is missing."""
+    from slm.errors import SlmError
+    from slm.generate import generate
+    from slm.repair import from_repair
+    from slm.settings import load_settings
+    from task.contract import contract
+    from task.prompts import generation_prompt
+
+    try:
+        settings = load_settings(profile=profile, run_id=run_id)
+        result = generate(settings, contract, generation_prompt, from_repair(settings, contract), limit)
+    except SlmError as error:
+        sys.exit(str(error))
+    print(result)
+    sys.exit(1 if result.stopped else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

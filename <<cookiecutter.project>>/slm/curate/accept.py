@@ -1,0 +1,203 @@
+"""Seed rows and batches go through the gates; accepted, rejected, split and recorded. in == accepted + rejected."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slm import registry
+from slm.curate import duplicates, gates, leakage, privacy
+from slm.curate.coverage import coverage
+from slm.curate.funnel import funnel_table, planted_table, plot_funnel
+from slm.curate.read import Candidate, Verdict, read_candidates
+from slm.curate.split import record_dataset, split_file
+from slm.errors import SlmError
+from slm.generate.plan import batches
+from slm.rows import Row, write_jsonl, write_rows
+
+SEED = "data/raw/seed.jsonl"
+
+
+@dataclass
+class Curated:
+    """What 04 decided: every candidate with its verdict, the accepted rows, the funnel and the dataset's record."""
+
+    candidates: list[Candidate]
+    accepted: list[Row]
+    steps: list[dict]
+    record: dict
+    planted: list[dict]
+    contract: object
+
+    @property
+    def rejected(self) -> list[Candidate]:
+        """The refused candidates, in reading order."""
+        return [c for c in self.candidates if c.verdict is not None]
+
+    def funnel(self):
+        """A table, one line per gate: rows in, rejected, out."""
+        return funnel_table(self.steps)
+
+    def plot(self, path: Path) -> Path:
+        """The funnel as a PNG at `path`."""
+        return plot_funnel(self.steps, path)
+
+    def reasons(self, n: int = 3):
+        """A table of up to `n` rejected rows per gate, with reason, evidence and place."""
+        import pandas as pd
+
+        shown: dict[str, list] = defaultdict(list)
+        for c in self.rejected:
+            text = c.row.user if c.row else c.raw
+            line = {"gate": c.verdict.gate, "reason": c.verdict.reason, "place": c.place, "message": text[:80]}
+            shown[c.verdict.gate].append(line | {"evidence": json.dumps(c.verdict.evidence, ensure_ascii=False)[:120]})
+        columns = ["gate", "reason", "place", "message", "evidence"]
+        return pd.DataFrame([line for lines in shown.values() for line in lines[:n]], columns=columns)
+
+    def planted_faults(self):
+        """A table of the planted faults and whether the gates caught them; empty when none were planted."""
+        return planted_table(self.planted, self.candidates)
+
+    def coverage(self):
+        """The shares of the accepted rows against the plan (gate 7)."""
+        return coverage(self.accepted, self.contract)
+
+
+def judge(
+    candidates: list[Candidate], settings, contract, checks: list[Callable] = (), count_tokens: Callable | None = None,
+    sets: dict[str, list[Row]] | None = None, hidden: list[str] = (),
+) -> tuple[list[Candidate], list[dict], dict[str, dict]]:  # fmt: skip
+    """Run every gate over the candidates, each gate on what the ones before it let through.
+
+    Returns the candidates with their verdicts (same order), the funnel's steps, and the accepted values by position.
+    `sets` None leaves the leakage gate out, `count_tokens` None the length gate.
+    """
+    cfg, result, steps = settings.curate, list(candidates), []
+    values: dict[int, dict] = {}
+
+    def alive() -> list[int]:
+        return [n for n, c in enumerate(result) if c.verdict is None]
+
+    def apply(names: tuple[str, ...], verdicts: list[Verdict | None], order: list[int]) -> None:
+        before = len(order)
+        for n, verdict in zip(order, verdicts, strict=True):
+            if verdict:
+                result[n] = result[n].refuse(verdict)
+        for name in names:
+            lost = sum(v is not None and v.gate == name for v in verdicts)
+            steps.append({"gate": name, "in": before, "rejected": lost, "out": before - lost})
+            before -= lost
+
+    order = alive()
+    verdicts, found = gates.read_answers([result[n].row for n in order], contract)
+    seen: dict[str, int] = {}
+    for place, n in enumerate(order):
+        other = seen.setdefault(result[n].row.id, n)
+        if other != n and result[other].row.messages != result[n].row.messages and verdicts[place] is None:
+            reason = f"its id is already that of {result[other].place}"
+            verdicts[place] = Verdict("schema_validity", reason, {"id": result[n].row.id})
+    values = {n: value for n, value in zip(order, found, strict=True)}
+    unread = {n: c.verdict for n, c in enumerate(candidates) if c.verdict is not None}
+    judged = dict(zip(order, verdicts, strict=True)) | unread
+    first = ("removed",) if any(v.gate == "removed" for v in unread.values()) else ()
+    everything = list(range(len(result)))
+    apply((*first, "json_validity", "schema_validity", "contract_validity"), [judged[n] for n in everything], everything)
+
+    def gate(name: str, verdict_of: Callable) -> None:
+        order = alive()
+        apply((name,), verdict_of([result[n].row for n in order], [values[n] for n in order]), order)
+
+    names = frozenset(str(v).lower() for v in _enum_values(contract.schema))
+    gate("check", lambda rows, vals: gates.checked(rows, vals, list(checks)))
+    gate("leaked_instructions", lambda rows, vals: gates.leaked(rows, list(hidden)))
+    gate("personal_data", lambda rows, vals: privacy.personal(rows))
+    if count_tokens is not None:
+        limit = min(cfg.max_tokens, settings.train.max_seq_length)
+        gate("length", lambda rows, vals: gates.too_long(rows, contract, count_tokens, limit))
+    if sets is not None:
+        gate("evaluation_leakage", lambda rows, vals: leakage.leaks(rows, sets, cfg.leakage, cfg.semantic_duplicate))
+    order = alive()
+    rows = [result[n].row for n in order]
+    pairs = duplicates.pairs_of(rows, min(cfg.near_duplicate, cfg.contradiction), cfg.semantic_duplicate)
+    trusted = frozenset(c.row.id for c in result if c.row and (c.row.meta.source == "human" or c.file == SEED))
+    against = duplicates.contradictions(rows, [values[n] for n in order], pairs, cfg.contradiction, trusted)
+    apply(("label_consistency",), against, order)
+    kept = [n for n, verdict in enumerate(against) if verdict is None]
+    place = {n: p for p, n in enumerate(kept)}
+    pairs = [
+        duplicates.Pair(place[p.first], place[p.second], p.measure, p.similarity)
+        for p in pairs
+        if p.first in place and p.second in place and (p.measure != "jaccard" or p.similarity >= cfg.near_duplicate)
+    ]
+    gate("duplicates", lambda rows, vals: duplicates.duplicates(rows, vals, pairs))
+    gate("trivial", lambda rows, vals: gates.trivial(rows, cfg.min_words, names))
+    return result, steps, {n: values[n] for n in alive()}
+
+
+def curate(settings, contract, checks: list[Callable], count_tokens: Callable, hidden: list[str] = ()) -> Curated:
+    """Judge data/raw/seed.jsonl and every file of data/generated, then write data/accepted and data/rejected.
+
+    `hidden` are the prompt texts that no row may repeat. Everything is rebuilt from the inputs, so a second run gives
+    the same bytes. Raises SlmError when there is nothing to read, or nothing left to split.
+    """
+    seed = settings.path(SEED)
+    files = ([seed] if settings.curate.include_seed_rows and seed.is_file() else []) + batches(settings)
+    if not files:
+        raise SlmError("data/generated: no batch to curate; run 03_generate first.")
+    candidates = [c for f in files for c in read_candidates(f, str(f.relative_to(settings.root)))]
+    candidates = _with_removed(settings, candidates)
+    sets = leakage.evaluation_rows(settings)
+    result, steps, values = judge(candidates, settings, contract, checks, count_tokens, sets, hidden)
+    accepted = [_canonical(result[n].row, contract.dump(value), contract.label(value)) for n, value in values.items()]
+    rejected = [c for c in result if c.verdict is not None]
+    if len(candidates) != len(accepted) + len(rejected):
+        raise SlmError(f"{len(candidates)} rows in, {len(accepted)} accepted, {len(rejected)} rejected: rows were lost.")
+    _write_rejected(settings, files, rejected)
+    if not accepted:
+        raise SlmError(f"all {len(rejected)} rows were refused; read data/rejected, then mend the prompt or the gates.")
+    path = settings.path("data/accepted/all.jsonl")
+    table = coverage(accepted, contract)
+    uneven = table[~table["verdict"].isin(["", "ok"])]
+    short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
+    steps.append({"gate": "coverage", "in": len(accepted), "rejected": 0, "out": len(accepted), "warnings": short})
+    write_rows(path, accepted)
+    parents = {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files}
+    record = record_dataset(settings, path, split_file(settings, path), parents, steps)
+    planted = settings.path("data/raw/planted_faults.json")
+    faults = json.loads(planted.read_text(encoding="utf-8")) if planted.is_file() else []
+    return Curated(result, accepted, steps, record, faults, contract)
+
+
+def _with_removed(settings, candidates: list[Candidate]) -> list[Candidate]:
+    """Accepted rows whose source is gone stay visible: they are refused under the gate "removed", not forgotten."""
+    path = settings.path("data/accepted/all.jsonl")
+    present = {c.row.id for c in candidates if c.row}
+    old = read_candidates(path, "data/accepted/all.jsonl") if path.is_file() else ()
+    gone = Verdict("removed", "no file in data/raw or data/generated holds this row any more", {})
+    return candidates + [c.refuse(gone) for c in old if c.row and c.row.id not in present]
+
+
+def _write_rejected(settings, files: list[Path], rejected: list[Candidate]) -> None:
+    by_file: dict[str, list[dict]] = defaultdict(list)
+    for candidate in rejected:
+        by_file[candidate.file].append(candidate.record())
+    for name in dict.fromkeys([*(str(f.relative_to(settings.root)) for f in files), *by_file]):
+        stem = "removed" if name.startswith("data/accepted") else Path(name).stem
+        target = settings.path(f"data/rejected/{stem}.jsonl")
+        if by_file[name]:
+            write_jsonl(target, by_file[name])
+        else:
+            target.unlink(missing_ok=True)
+
+
+def _canonical(row: Row, answer: str, label: str | None) -> Row:
+    last = row.messages[-1].model_copy(update={"content": answer})
+    meta = row.meta.model_copy(update={"category": label}) if label else row.meta
+    return row.model_copy(update={"messages": [*row.messages[:-1], last], "meta": meta})
+
+
+def _enum_values(node) -> list:
+    if isinstance(node, dict):
+        return [*node.get("enum", []), *(v for part in node.values() for v in _enum_values(part))]
+    return [v for part in node for v in _enum_values(part)] if isinstance(node, list) else []

@@ -1,0 +1,66 @@
+"""Personal data and secrets, by patterns that prove themselves: check sums, issuers' prefixes, randomness."""
+
+import math
+import re
+from collections import Counter
+
+from slm.curate.read import Verdict
+from slm.rows import Row
+
+_CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
+_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+_EMAIL = re.compile(r"[\w.+-]+@([\w-]+(?:\.[\w-]+)+)")
+_RESERVED = re.compile(r"(^|\.)(example\.(com|org|net)|example|test|invalid|localhost)$")
+_KEYS = re.compile(
+    r"\b(sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
+    r"|xox[abprs]-[\w-]{10,}|hf_[A-Za-z0-9]{20,}|glpat-[\w-]{16,}|[rs]k_live_\w{10,}"
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,})|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^\s/:@]+:[^\s/@]+@"
+)
+_NAMED = re.compile(r"(?i)\b(?:password|passwort|token|secret|api[ _-]?key|key)\b\W{1,5}(?:is\W+)?([A-Za-z0-9+/_=.-]{12,})")
+
+
+def luhn(digits: str) -> bool:
+    """The check sum of payment cards (ISO/IEC 7812-1)."""
+    total = 0
+    for place, digit in enumerate(reversed(digits)):
+        n = int(digit) * (2 if place % 2 else 1)
+        total += n - 9 if n > 9 else n
+    return total % 10 == 0
+
+
+def iban_valid(text: str) -> bool:
+    """The check sum of bank account numbers (ISO 13616: mod 97 is 1)."""
+    return 15 <= len(text) <= 34 and int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
+
+
+def entropy(text: str) -> float:
+    """Shannon entropy in bits per character."""
+    return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values()) if text else 0.0
+
+
+def find(text: str) -> tuple[str, str] | None:
+    """(what, the matching text) of the first piece of personal data or secret, or None."""
+    if hit := _KEYS.search(text):
+        return "a secret key", hit.group(0)
+    if (hit := _NAMED.search(text)) and entropy(hit.group(1)) >= 3.5 and any(c.isdigit() for c in hit.group(1)):
+        return "a secret key", hit.group(1)
+    for hit in _CARD.finditer(text):
+        digits = re.sub(r"\D", "", hit.group(0))
+        if len(set(digits)) > 1 and luhn(digits):
+            return "a payment card number", hit.group(0)
+    for hit in _IBAN.finditer(text):
+        if iban_valid(hit.group(0).replace(" ", "")):
+            return "a bank account number", hit.group(0)
+    for hit in _EMAIL.finditer(text):
+        if not _RESERVED.search(hit.group(1).lower()):
+            return "an e-mail address outside the reserved domains (example.com)", hit.group(0)
+    return None
+
+
+def personal(rows: list[Row]) -> list[Verdict | None]:
+    """Refuse rows with personal data or secrets; the evidence shows only the beginning of what was found."""
+    verdicts = []
+    for row in rows:
+        hit = find("\n".join(m.content for m in row.messages))
+        verdicts.append(Verdict("personal_data", f"holds {hit[0]}", {"phrase": f"{hit[1][:4]}…"}) if hit else None)
+    return verdicts

@@ -1,0 +1,161 @@
+"""The grid category x kind x difficulty: how many rows each cell should have, has, and still needs."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from slm.errors import SlmError
+from slm.rows import DIFFICULTIES, KINDS, Row, iter_lines, read_rows
+
+# Shares of the kinds in a dataset: the common case first, every other kind often enough to be learnt.
+KIND_SHARES = {
+    "canonical": 0.25, "production_like": 0.20, "boundary": 0.10, "negative": 0.10, "adversarial": 0.10,
+    "near_miss": 0.10, "style": 0.075, "schema_repair": 0.075,
+}  # fmt: skip
+KIND_NOTES = {
+    "canonical": "the everyday case, stated plainly, no two situations alike",
+    "boundary": "very long or very short input, an empty part, odd formatting, an optional fact left out",
+    "negative": "the right answer is to decline, to say that nothing applies, or to leave fields null",
+    "adversarial": "the input gives orders to the model, misleads, contradicts itself or tries to break the format",
+    "near_miss": "looks like one label at first sight and is another; the detail that decides is in the text",
+    "production_like": "messy real text: signature, quoted reply, typos, dictation, forwarded thread",
+    "style": "extremes of tone (curt, ornate, sarcastic, emoji) that must not change the answer",
+    "schema_repair": "pasted JSON, braces, quotes or unusual label words that tempt one into invalid output",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """`rows` rows wanted for one cell; `edge_case` says what they must show; `cluster` names a failure to repair."""
+
+    category: str
+    kind: str
+    difficulty: str
+    rows: int
+    edge_case: str = ""
+    cluster: str = ""
+
+    @property
+    def id(self) -> str:
+        """8 hex digits of what is asked for, whatever the number of rows."""
+        body = json.dumps({k: v for k, v in asdict(self).items() if k != "rows"}, sort_keys=True)
+        return hashlib.sha256(body.encode()).hexdigest()[:8]
+
+    @property
+    def note(self) -> str:
+        """The edge case in words, by default that of the kind."""
+        return self.edge_case or KIND_NOTES[self.kind]
+
+
+def label_values(contract) -> list[str]:
+    """The values of the contract's label field in schema order; ["all"] where the contract has no label field."""
+    if contract.label_field is None:
+        return ["all"]
+    definitions, found = contract.schema.get("$defs", {}), []
+
+    def walk(node: dict, inside: bool) -> None:
+        if "$ref" in node:
+            node = {**definitions[node["$ref"].rsplit("/", 1)[-1]], **{k: v for k, v in node.items() if k != "$ref"}}
+        if inside:
+            found.extend(node.get("enum", [node["const"]] if "const" in node else []))
+        for part in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
+            walk(part, inside)
+        if not inside and contract.label_field in node.get("properties", {}):
+            walk(node["properties"][contract.label_field], True)
+
+    walk(contract.schema, False)
+    values = [value for value in dict.fromkeys(found) if isinstance(value, str)]
+    if not values:
+        raise SlmError(f"task/contract.py: label_field {contract.label_field!r} has no fixed values in the schema.")
+    return values
+
+
+def quotas(settings, contract) -> dict[tuple[str, str, str], int]:
+    """Rows wanted per cell; they add up to `generate.rows_target` (or `generate.limit`, when that is less)."""
+    target = settings.generate.rows_target
+    target = min(target, settings.generate.limit or target)
+    labels = label_values(contract)
+    cells = [(c, k, d) for c in labels for k in KINDS for d in DIFFICULTIES]
+    exact = {cell: target * KIND_SHARES[cell[1]] / len(labels) / len(DIFFICULTIES) for cell in cells}
+    whole = {cell: int(share) for cell, share in exact.items()}
+    # Largest remainder; equal remainders fall by hash, so that a small target still touches every category.
+    order = sorted(cells, key=lambda cell: (whole[cell] - exact[cell], hashlib.sha256("|".join(cell).encode()).digest()))
+    for cell in order[: target - sum(whole.values())]:
+        whole[cell] += 1
+    return whole
+
+
+def held(settings) -> list[dict]:
+    """The rows (as dictionaries) of data/accepted and data/generated, each id once.
+
+    Rejected rows do not count, for they must be asked for again; seed rows do not either.
+    """
+    files = [settings.path("data/accepted/all.jsonl"), *batches(settings)]
+    out = {(r.get("row") or {}).get("id") for f in _files(settings, "data/rejected") for r in _records(f)}
+    out |= {r.get("id") for r in _records(settings.path("data/raw/seed.jsonl"))}
+    rows: dict[str, dict] = {}
+    for file in files:
+        for record in _records(file):
+            if "meta" in record and record.get("id") not in out:
+                rows.setdefault(record.get("id"), record)
+    return list(rows.values())
+
+
+def plan(settings, contract, requests: list[Request] | None = None) -> list[Request]:
+    """What is still missing, cell by cell. `requests` (repair work) replace the grid; each is reduced by what it has."""
+    rows = held(settings)
+    if requests is not None:
+        have = Counter(r["meta"].get("provenance", {}).get("request") for r in rows)
+        wanted = [(request, request.rows - have[request.id]) for request in requests]
+    else:
+        have = Counter(map(_cell, rows))
+        wanted = [(Request(*cell, n), n - have[cell]) for cell, n in quotas(settings, contract).items()]
+    return [Request(**{**asdict(request), "rows": n}) for request, n in wanted if n > 0]
+
+
+def grid(settings, contract, by: str = "category"):
+    """A table of rows wanted, held and missing by "category", "kind" or "difficulty"; seed rows are not counted."""
+    import pandas as pd
+
+    have = Counter(map(_cell, held(settings)))
+    lines = [
+        {"category": c, "kind": k, "difficulty": d, "wanted": n, "held": have[c, k, d], "missing": max(0, n - have[c, k, d])}
+        for (c, k, d), n in quotas(settings, contract).items()
+    ]
+    table = pd.DataFrame(lines).groupby(by, sort=False)[["wanted", "held", "missing"]].sum()
+    table.loc["all"] = table.sum()
+    return table
+
+
+def seed_rows(settings) -> list[Row]:
+    """The human-written rows that set the style. Raises SlmError when data/raw/seed.jsonl is missing."""
+    return read_rows(settings.path("data/raw/seed.jsonl"))
+
+
+def batches(settings) -> list[Path]:
+    """The batch files of data/generated, in order."""
+    return _files(settings, "data/generated")
+
+
+def _files(settings, folder: str) -> list[Path]:
+    return sorted(settings.path(folder).glob("*.jsonl"))
+
+
+def _cell(row: dict) -> tuple:
+    meta = row["meta"]
+    return meta.get("category"), meta.get("kind", "canonical"), meta.get("difficulty", "medium")
+
+
+def _records(path: Path) -> list[dict]:
+    """The lines that are JSON objects; the others are 04's to report."""
+    found = []
+    for _, line in iter_lines(path) if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
