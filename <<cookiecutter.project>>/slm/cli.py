@@ -16,11 +16,6 @@ RunId = Annotated[str, typer.Option(help="Names the run's folders; letters, digi
 Config = Annotated[str, typer.Option(help="The settings file.")]
 
 
-@app.callback()
-def _commands() -> None:
-    """Keep `run` a named command however many there are."""
-
-
 @app.command()
 def run(
     stages: Annotated[list[str], typer.Argument(help="all, 04, 04_curate, or a span 03-06")],
@@ -43,15 +38,25 @@ def run(
 @app.command()
 def release(run_id: str, profile: Profile = "default", config: Config = "project.yaml") -> None:
     """Check the release gates of a run; exit 1 when one does not pass."""
-    from slm.evaluate.release import check
+    from slm.evaluate.release import check, failures
 
     gates = check(load_settings(config, profile, {}, run_id), run_id)
     for gate in gates:
         print(f"{gate.status:<8} {gate.name}: {gate.detail}")
-    failed = [gate.name for gate in gates if gate.status != "pass"]
-    if failed:
+    if failed := [gate.name for gate in failures(gates)]:
         raise SlmError(f"run {run_id} is not released; not passed: {', '.join(failed)}.")
     print(f"run {run_id} passes every release gate.")
+
+
+@app.command()
+def review(
+    run_id: str, by: Annotated[str, typer.Option(help="Who has read the report.")], config: Config = "project.yaml"
+) -> None:
+    """Sign the evaluation report of a run; a later change of the report asks for it again."""
+    from slm.evaluate.release import sign_off
+
+    record = sign_off(load_settings(config, "default", {}, run_id), run_id, by)
+    print(f"run {run_id}: report {record['report'][:12]} reviewed by {record['reviewer']}.")
 
 
 def main() -> None:

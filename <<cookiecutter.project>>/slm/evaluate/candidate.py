@@ -1,0 +1,100 @@
+"""The fine-tuned model on the locked sets; every look at the test set is counted."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from slm import registry
+from slm.contract import Contract
+from slm.errors import SlmError
+from slm.evaluate.baselines import check_sets, take
+from slm.evaluate.metrics import Result, evaluate
+from slm.rows import Row, explain, read_rows, write_json
+
+NAME = "fine_tuned"
+
+
+def open_sets(settings, contract: Contract) -> dict[str, list[Row]]:
+    """dev, golden and adversarial, checked against their lock; test too, and counted, when `evaluate.final_test` is set."""
+    registry.check_locked(settings)
+    sets = check_sets(settings, contract)
+    names = ["dev", "golden", "adversarial"]
+    if settings.evaluate.final_test:
+        looks = registry.count_look(settings, "test", settings.run_id, "final test of 06_evaluate")
+        print(f"test.jsonl: look number {looks}" + (", no longer an unseen set" if looks > 1 else ""))
+        names.append("test")
+    return {name: take(settings, sets[name]) for name in names}
+
+
+def run_candidate(settings, contract: Contract, model, sets: dict[str, list[Row]], endpoint=None) -> list[Result]:
+    """The model on every set with the contract's own prompt, timed on dev; kept for 07 in `scores.json` of the run."""
+    results = [
+        evaluate(settings, contract, model, rows, set=set, name=NAME, latency=set == "dev", endpoint=endpoint)
+        for set, rows in sets.items()
+    ]
+    write_json(scores_file(settings, settings.run_id), [r.model_dump() for r in results])
+    return results
+
+
+def load_candidate(settings, run_id: str) -> list[Result]:
+    """The fine-tuned model's results of a run, scores included. Raises SlmError when 06 was not run for it."""
+    file = scores_file(settings, run_id)
+    if not file.is_file():
+        raise SlmError(f"{file}: run {run_id} has no scores yet; run 06_evaluate first.")
+    try:
+        return [Result.model_validate(r) for r in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValidationError, ValueError) as error:
+        raise SlmError(f"{file}: {explain(error)}; run 06_evaluate again.") from None
+
+
+def scores_file(settings, run_id: str) -> Path:
+    """outputs/eval_reports/<run_id>/scores.json."""
+    return settings.path(f"outputs/eval_reports/{run_id}/scores.json")
+
+
+def by_set(results: Sequence[Result]) -> dict[str, dict[str, Result]]:
+    """{set: {model name: Result}}."""
+    table: dict[str, dict[str, Result]] = {}
+    for result in results:
+        table.setdefault(result.set, {})[result.name] = result
+    return table
+
+
+def open_model(settings, path: str):
+    """The model at a path inside the project: a GGUF file, or a folder with an adapter or a whole model."""
+    from slm import models
+    from slm.models.llama_cpp import LlamaCppModel
+
+    if not path:
+        raise SlmError("--model: name an adapter folder or a .gguf file.")
+    file = settings.path(path)
+    if file.suffix == ".gguf":
+        return LlamaCppModel(file, context=settings.evaluate.context)
+    if not file.is_dir():
+        raise SlmError(f"{path}: there is no such adapter folder or .gguf file; train first (05_train).")
+    return models.student(settings, file)
+
+
+def open_file(settings, path: str) -> list[Row]:
+    """The rows of one evaluation file, limited as the settings say; a locked set is checked, a look at test counted."""
+    file = settings.path(path)
+    rows = read_rows(file)
+    if file.parent == settings.path("data/eval") and settings.path("data/eval/lock.json").exists():
+        registry.check_locked(settings)
+        if file.stem == "test":
+            registry.count_look(settings, "test", settings.run_id, "a script")
+    if not rows:
+        raise SlmError(f"{path}: no rows.")
+    return take(settings, rows)
+
+
+def save_file(settings, result: Result, path: str, out: str) -> str:
+    """Write one result with its scores to `out`; returns a line for the terminal."""
+    write_json(settings.path(out), {**result.model_dump(), "set_hash": registry.file_hash(settings.path(path))})
+    if not result.ran:
+        return f"{result.name}: not run, {result.reason}. Wrote {out}"
+    name, metric = next(iter(result.metrics.items()))
+    wait = "" if result.latency_p50_s is None else f", p50 {result.latency_p50_s:.2f} s"
+    return f"{result.name} on {path}: {name} {metric}, n={metric.n}{wait}. Wrote {out}"

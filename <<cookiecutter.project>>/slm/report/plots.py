@@ -1,0 +1,97 @@
+"""Plots as PNG files: bars with intervals, a confusion matrix, slices. Nothing is shown, only written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from slm.evaluate.metrics import Metric, Result
+from slm.report.tables import TITLES, shorten
+
+BLUE, GREY = "#2b6cb0", "#a0aec0"
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _bars(axes, names: list[str], metrics: Sequence[Metric], colors: list[str]) -> None:
+    values = [m.value for m in metrics]
+    reach = [[m.value - m.low for m in metrics], [m.high - m.value for m in metrics]]
+    axes.barh(
+        range(len(names)), values, color=colors, xerr=reach, error_kw={"capsize": 3, "lw": 1, "ecolor": "#2d3748"}
+    )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.19)
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    for i, m in enumerate(metrics):
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(max(m.high, m.value) + 0.02, i, f"{m.value:.3f}", va="center", fontsize=8, bbox=behind, zorder=5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def models_bar(results: Sequence[Result], name: str, path: Path, target: float | None = None) -> Path:
+    """One bar per model that ran: metric `name` with its interval, the target as a line."""
+    ran = [r for r in results if r.ran and name in r.metrics]
+    figure = _figure(7, 1.5 + 0.45 * len(ran))
+    axes = figure.add_subplot()
+    colors = [BLUE if r.name == "fine_tuned" else GREY for r in ran]
+    _bars(axes, [TITLES.get(r.name, r.name) for r in ran], [r.metrics[name] for r in ran], colors)
+    if target is not None:
+        axes.axvline(target, color="#c53030", ls="--", lw=1, label=f"target {target:g}")
+        figure.legend(loc="outside lower right", fontsize=8, frameon=False)
+    axes.set_xlabel(f"{name} (0 to 1; lines: interval)")
+    axes.set_title(f"{name} on {ran[0].set}, n = {len(ran[0].scores)}" if ran else name, fontsize=11)
+    return _save(figure, path)
+
+
+def slices(result: Result, name: str, path: Path) -> Path:
+    """Four panels: the row value by category, kind, difficulty and language, with intervals and n."""
+    keys = list(result.slices)
+    heights = [len(result.slices[k]) + 1.2 for k in keys]
+    figure = _figure(7, 0.5 + 0.3 * sum(heights))
+    panels = figure.subplots(len(keys), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
+    for axes, key in zip(panels, keys, strict=True):
+        found = result.slices[key]
+        _bars(
+            axes, [f"{shorten(n, 24)} (n={m.n})" for n, m in found.items()], list(found.values()), [BLUE] * len(found)
+        )
+        axes.set_title(f"by {key}", fontsize=9, loc="left")
+        axes.tick_params(labelsize=8)
+    panels[-1].set_xlabel(f"{name} (0 to 1; lines: interval)")
+    figure.suptitle(f"{TITLES.get(result.name, result.name)} on {result.set}: {name} by slice", fontsize=11)
+    return _save(figure, path)
+
+
+def confusion(result: Result, path: Path) -> Path:
+    """Expected labels down, given labels across, counts in the cells."""
+    names, counts = result.confusion["labels"], result.confusion["counts"]
+    size = 2.6 + 0.46 * len(names)
+    figure = _figure(size + 0.6, size)
+    axes = figure.add_subplot()
+    image = axes.imshow(counts, cmap="Blues", vmin=0)
+    short = [shorten(n, 20) for n in names]
+    axes.set_xticks(range(len(names)), short, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(len(names)), short, fontsize=8)
+    top = max(max(line) for line in counts) or 1
+    for i, line in enumerate(counts):
+        for j, count in enumerate(line):
+            if count:
+                axes.text(
+                    j, i, count, ha="center", va="center", fontsize=8, color="white" if count > top / 2 else "black"
+                )
+    axes.set_xlabel("given label")
+    axes.set_ylabel("expected label")
+    axes.set_title(f"{TITLES.get(result.name, result.name)} on {result.set}, rows", fontsize=10)
+    figure.colorbar(image, ax=axes, label="rows", shrink=0.7)
+    return _save(figure, path)
