@@ -11,7 +11,7 @@ from filelock import FileLock
 from slm.errors import SlmError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-VERSION = "1"  # raise it when the way these folders are made changes
+VERSION = "2"  # raise it when the way these folders are made changes
 CONTEXT = 8192
 
 
@@ -57,12 +57,19 @@ def _once(name: str, make) -> Path:
 
 
 def _tokenizer(source: Path):
+    from tokenizers import decoders, pre_tokenizers
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # The loader makes a SentencePiece-like tokenizer of it; the file says `smollm`: lone digits, then byte-level BPE.
+    inner = tokenizer.backend_tokenizer
+    inner.model.byte_fallback, inner.normalizer, inner.decoder = False, None, decoders.ByteLevel()
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     # The loader takes <|im_start|> for the end token and leaves padding open; the published tokenizer ends with this.
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.model_max_length = CONTEXT
+    tokenizer.model_max_length, tokenizer.clean_up_tokenization_spaces = CONTEXT, False
     return tokenizer
 
 

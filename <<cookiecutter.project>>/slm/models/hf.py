@@ -40,8 +40,10 @@ class HFModel:
         self._batch = batch_size
 
     def render(self, messages: list[dict]) -> str:
-        """The chat as the model sees it, ready for its answer."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        """The chat as the model sees it, ready for its answer; without thinking, as it was trained."""
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
 
     def answer(self, prompts: list[Prompt]) -> list[Answer]:
         """One answer per prompt, in order; `schema` is not enforced here."""

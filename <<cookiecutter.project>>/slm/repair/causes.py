@@ -1,0 +1,256 @@
+"""Every failure gets one of eleven causes by fixed rules, first match wins: the serving is suspected before the model."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from slm.contract import Contract
+from slm.evaluate.scorers import Score
+from slm.rows import Row
+
+TRAINED = 5  # training rows of a label below which the data is to blame
+SYSTEMATIC = 0.1  # a serving fault in this share of all answers is the deployment's, below it the model's
+TEMPLATE = re.compile(r"<\|?[a-z]+_?[a-z]*(?:_id|_header_id|start|end|text)?\|>|</?s>|\[/?INST\]|</?think>|<(?:start|end)_of_turn>")
+REFUSAL = re.compile(r"(?i)\b(i'?m sorry|i am sorry|i can(?:no|')t|i am unable|i'm unable|as an ai|i won'?t)\b")
+
+# Cause -> what it usually is a fault of, and what mends it.
+CAUSES: dict[str, tuple[str, str]] = {
+    "missing category": ("data", "write canonical and near-miss rows of this label; the training set has almost none"),
+    "wrong schema": ("model", "rows that tempt to this break and hold the schema; check template, EOS, temperature 0 first"),
+    "wrong label": ("data", "contrast rows: the two labels side by side, the detail that decides in the text"),
+    "too verbose": ("model", "rows whose answer is the bare object; check that the end token is trained"),
+    "refusal when it should answer": ("data", "real requests that look unlike a request; fewer easy null rows"),
+    "answer when it should refuse": ("data", "negative rows: no request, spam, missing facts, orders to the model"),
+    "tool name wrong": ("data", "contrast rows for the two tools"),
+    "tool argument wrong": ("data", "rows in which this argument is said in other words, places and formats"),
+    "hallucinated field": ("data", "rows where the fact is absent or a distractor stands in its place"),
+    "fails long input": ("data", "long rows with the deciding fact at the start, in the middle, at the end"),
+    "fails adversarial input": ("data", "rows with orders to the model and misleading phrasing, answered by the contract"),
+}
+
+
+class Finding(BaseModel):
+    """One failed row: its primary cause, the other causes that also match, and the evidence in words.
+
+    `fault` names a serving fault ("empty", "template", "stop", "length", "parser") or is empty; `blame` is data, model,
+    schema or deployment. `label` is the expected category, `got` the given one, `field` the first wrong field.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    row_id: str
+    cause: str
+    others: list[str] = []
+    evidence: str
+    fault: str = ""
+    blame: str
+    label: str
+    got: str = ""
+    field: str = ""
+    kind: str
+    difficulty: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A failed row with its score and what the rules may ask about the whole run."""
+
+    row: Row
+    score: Score
+    contract: Contract
+    trained: dict[str, int] | None = None
+    long_words: int = 60
+    label: str = field(init=False)
+    got: str = field(init=False)
+    wrong: list[str] = field(init=False)
+
+    def __post_init__(self):
+        label = self.contract.label(self.score.expected)
+        object.__setattr__(self, "label", str(label or self.row.meta.category))
+        given = self.score.parsed or self.score.lenient_parsed
+        object.__setattr__(self, "got", str(self.contract.label(given) or ""))
+        object.__setattr__(self, "wrong", [name for name, right in self.score.fields.items() if not right])
+
+    @property
+    def flat(self) -> tuple[dict, dict]:
+        """Expected and given fields."""
+        return self.contract.flatten(self.score.expected), self.contract.flatten(self.score.parsed)
+
+
+def serving_fault(score: Score) -> tuple[str, str]:
+    """(fault, evidence) when template, stop token, length limit or parser may be to blame, else ("", "")."""
+    text, expected = score.text, json.dumps(score.expected, ensure_ascii=False, separators=(",", ":"))
+    if score.parsed is not None:
+        return "", ""
+    if not text.strip():
+        return "empty", "the answer is empty: the stop token came first, or the template leaves no room for one"
+    if hit := TEMPLATE.search(text):
+        return "template", f"a piece of a chat template stands in the answer: {hit.group(0)}"
+    if score.finish_reason == "length":
+        if score.lenient_parsed is not None:
+            return "stop", "the object was complete and the model went on to the token limit: check the end token"
+        if len(text) < len(expected):
+            return "length", "the token limit cut the answer before a right one could end: raise evaluate.max_new_tokens"
+        return "stop", "the answer ran into the token limit without an end"
+    if score.lenient_parsed == score.expected:
+        return "parser", "the right object stands in the text, with something around it"
+    return "", ""
+
+
+def _unreadable(test: Callable[[Case], str]) -> Callable[[Case], str]:
+    return lambda case: test(case) if case.score.parsed is None else ""
+
+
+def _readable(test: Callable[[Case], str]) -> Callable[[Case], str]:
+    return lambda case: test(case) if case.score.parsed is not None else ""
+
+
+def _serving(verbose: bool) -> Callable[[Case], str]:
+    def test(case: Case) -> str:
+        fault, evidence = serving_fault(case.score)
+        return evidence if fault and (case.score.lenient_parsed is not None) is verbose else ""
+
+    return test
+
+
+def _trained(case: Case) -> str:
+    if case.trained is None or (count := case.trained.get(case.label, 0)) >= TRAINED:
+        return ""
+    return f"only {count} training rows of {case.label}"
+
+
+def _long(case: Case) -> str:
+    words = len(case.row.user.split())
+    return f"{words} words of input, long from {case.long_words}" if words >= case.long_words else ""
+
+
+def _refused(case: Case) -> str:
+    null = case.contract.null_label
+    if case.label == null:
+        return ""
+    if case.score.parsed is None:
+        hit = REFUSAL.search(case.score.text)
+        return f"the answer declines: {hit.group(0)!r}" if hit else ""
+    return f"expected {case.label}, got {null}" if null and case.got == null else ""
+
+
+def _acted(case: Case) -> str:
+    null = case.contract.null_label
+    return f"expected {null}, got {case.got}" if null and case.label == null and case.got not in ("", null) else ""
+
+
+def _label(tool: bool) -> Callable[[Case], str]:
+    def test(case: Case) -> str:
+        name = case.contract.label_field
+        differs = name in case.wrong and (case.contract.task_type == "tool_calling") is tool
+        return f"{name}: expected {case.label}, got {case.got}" if differs else ""
+
+    return test
+
+
+def _same_label(case: Case) -> bool:
+    return case.contract.label_field not in case.wrong
+
+
+def _invented(case: Case) -> str:
+    want, got = case.flat
+    names = [n for n in case.wrong if want.get(n) is None and got.get(n) is not None] if _same_label(case) else []
+    return f"{names[0]}: nothing expected, got {got[names[0]]!r}" if names else ""
+
+
+def _extra_key(case: Case) -> str:
+    extra = "Extra inputs" in case.score.explanation or "extra" in case.score.explanation.lower()
+    return f"a field that the contract has not: {case.score.explanation}" if case.score.stage == "schema" and extra else ""
+
+
+def _field(tool: bool) -> Callable[[Case], str]:
+    def test(case: Case) -> str:
+        if not case.wrong or not _same_label(case) or (case.contract.task_type == "tool_calling") is not tool:
+            return ""
+        want, got = case.flat
+        return f"{case.wrong[0]}: expected {want.get(case.wrong[0])!r}, got {got.get(case.wrong[0])!r}"
+
+    return test
+
+
+# In this order; the first that matches is the primary cause, every other that matches is kept beside it.
+RULES: tuple[tuple[str, Callable[[Case], str]], ...] = (
+    ("too verbose", _serving(True)),
+    ("wrong schema", _serving(False)),
+    ("fails adversarial input", lambda c: "the row is adversarial" if c.row.meta.kind == "adversarial" else ""),
+    ("refusal when it should answer", _unreadable(_refused)),
+    ("too verbose", _unreadable(lambda c: "an object with text around it" if c.score.lenient_parsed is not None else "")),
+    ("hallucinated field", _unreadable(_extra_key)),
+    ("wrong schema", _unreadable(lambda c: f"{c.score.stage}: {c.score.explanation}")),
+    ("missing category", _trained),
+    ("fails long input", _long),
+    ("refusal when it should answer", _readable(_refused)),
+    ("answer when it should refuse", _readable(_acted)),
+    ("tool name wrong", _readable(_label(True))),
+    ("wrong label", _readable(_label(False))),
+    ("hallucinated field", _readable(_invented)),
+    ("tool argument wrong", _readable(_field(True))),
+    ("wrong label", _readable(_field(False))),
+)
+
+
+def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: dict[str, int] | None = None) -> list[Finding]:
+    """One finding per failed row of `pairs` (all rows of a run, right ones too: they tell a slip from a system).
+
+    `trained` counts training rows by label; without it "missing category" is not considered. A row is long from twice
+    the median number of words, 60 at least.
+    """
+    lengths = sorted(len(row.user.split()) for row, _ in pairs) or [0]
+    long_words = max(60, 2 * lengths[len(lengths) // 2])
+    shares = Counter(serving_fault(score)[0] for _, score in pairs)
+    found = []
+    for row, score in pairs:
+        if score.exact:
+            continue
+        case = Case(row, score, contract, trained, long_words)
+        matches = [(cause, evidence) for cause, test in RULES if (evidence := test(case))]
+        cause, evidence = matches[0] if matches else ("wrong label", score.explanation)
+        fault = serving_fault(score)[0]
+        systematic = bool(fault) and shares[fault] >= SYSTEMATIC * len(pairs)
+        found.append(Finding(
+            row_id=row.id, cause=cause, others=list(dict.fromkeys(c for c, _ in matches if c != cause)), evidence=evidence,
+            fault=fault, blame="deployment" if systematic else CAUSES[cause][0], label=case.label, got=case.got,
+            field=next((n for n in case.wrong if n != contract.label_field or n == case.wrong[0]), ""),
+            kind=row.meta.kind, difficulty=row.meta.difficulty,
+        ))  # fmt: skip
+    return found
+
+
+def table(findings: Sequence[Finding]) -> list[dict]:
+    """One line per cause that occurs, most frequent first: rows, blame, an example's evidence, what mends it."""
+    lines = []
+    for cause, count in Counter(f.cause for f in findings).most_common():
+        own = [f for f in findings if f.cause == cause]
+        blame = Counter(f.blame for f in own).most_common(1)[0][0]
+        mend = CAUSES[cause][1] if blame != "deployment" else "mend the serving before any data: " + own[0].evidence
+        lines.append({"cause": cause, "rows": count, "fault of": blame, "example": f"{own[0].row_id}: {own[0].evidence}", "mends it": mend})
+    return lines
+
+
+def plot_causes(findings: Sequence[Finding], path: Path) -> Path:
+    """Bars: failed rows per primary cause, all eleven shown. A PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = Counter(f.cause for f in findings)
+    names = sorted(CAUSES, key=lambda cause: counts[cause])
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bars = axes.barh(names, [counts[name] for name in names], color="#2b6cb0")
+    axes.bar_label(bars, padding=3, fontsize=8)
+    axes.set_xlabel("failed rows")
+    axes.set_title(f"{len(findings)} failures by cause", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,7 @@
+"""01: is a fine-tune right, of which model, and what exactly is the task."""
+
+from slm.scope.decide import Decision, decide, facts
+from slm.scope.shortlist import longest_row, shortlist
+from slm.scope.spec import require, task_text, write_spec
+
+__all__ = ["Decision", "decide", "facts", "longest_row", "require", "shortlist", "task_text", "write_spec"]

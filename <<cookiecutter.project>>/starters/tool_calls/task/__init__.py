@@ -1,0 +1,1 @@
+"""Yours: written in the notebooks' `#| export` cells, exported by nbdev, committed."""

@@ -1,0 +1,217 @@
+"""The flywheel: logs, scrubbing, and evaluation before training."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from slm.contract import Contract
+from slm.errors import SlmError
+from slm.production import read_logs, rows_of, sample, save_sample, scrub, scrub_logs
+from slm.rows import make_row, read_rows, write_rows
+from slm.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Ticket(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    label: Literal["a", "b"]
+
+
+CONTRACT = Contract(
+    name="toy", task_type="classification", output=Ticket, system_prompt="Sort.", primary_metric="accuracy", target=0.9,
+    label_field="label",
+)  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path):
+    made = Settings(production={"holdout_first": 2, "random_share": 0.0})
+    made._root = tmp_path
+    return made
+
+
+def line(number, **changes):
+    record = {
+        "request_id": f"r{number}", "time": "2026-11-02T08:00:00Z", "input": f"message number {number}", "output": '{"label":"a"}',
+        "latency_s": 0.5, "parse_ok": True, "correction": '{"label":"b"}', "model_version": "m1", "group": f"c{number}",
+        "consent": True,
+    }  # fmt: skip
+    return {**record, **changes}
+
+
+def logs(settings, *records):
+    path = settings.path("log.jsonl")
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+    return read_logs(path)
+
+
+def test_torn_lines_are_reported_and_the_rest_is_read(settings):
+    """Guards against one torn write that loses a day of logs, or is lost without a word."""
+    found = logs(settings, line(1), '{"request_id": "r2", "inp\n', line(3, latency_s="soon"), line(4, host="x"))
+    assert [one.request_id for one in found.lines] == ["r1", "r4"]
+    assert [number for number, _ in found.problems] == [2, 3] and "latency_s" in found.problems[1][1]
+    assert found.ignored_fields == {"host": 1}
+
+
+def test_a_problem_never_repeats_the_line(settings):
+    """Guards against personal data that leaks through an error message."""
+    found = logs(settings, line(1), '{"input": "call +49 171 5550 1234", \n', line(2, parse_ok="mail ada@corp.com"))
+    assert "171" not in str(found.problems) and "ada" not in str(found.problems)
+
+
+def test_without_consent_nothing_is_kept(settings):
+    """Guards against training on data that may not be used."""
+    found = logs(settings, line(1), line(2, consent=False), line(1))
+    assert len(found.lines) == 1 and found.no_consent == 1 and found.repeated == 1
+
+
+def test_a_file_that_is_no_log_is_refused(settings):
+    """Guards against an empty result for a wrong path or format."""
+    with pytest.raises(SlmError, match="no such file"):
+        read_logs(settings.path("none.jsonl"))
+    with pytest.raises(SlmError, match=r"log\.jsonl:1: .*no line"):
+        logs(settings, '{"a": 1}\n')
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "gone"),
+    [
+        ("card 4111 1111 1111 1111 please", "CARD", "4111"),
+        ("to DE89 3704 0044 0532 0130 00 please", "IBAN", "3704"),
+        ("mail ada.lovelace@corp.co.uk now", "EMAIL", "ada"),
+        ("or someone@example.com", "EMAIL", "someone"),
+        ("call +49 171 5550 1234", "PHONE", "5550"),
+        ("ring (030) 1234 5678", "PHONE", "1234"),
+        ("fax 555-010-1234", "PHONE", "010"),
+        ("key sk-abcdEFGH1234abcdEFGH", "SECRET", "abcd"),
+        ("ghp_0123456789abcdefghijABCDEFGHIJ012345", "SECRET", "ghp_"),
+        ("AKIAIOSFODNN7EXAMPLE leaked", "SECRET", "AKIA"),
+        ("blob Zx81kQp0Lm77vTr3NsWq92hYc5Db", "SECRET", "Zx81"),
+        ("my password is Sommer2024!", "SECRET", "Sommer"),
+        ("-----BEGIN PRIVATE KEY-----\nMIIabc\n-----END PRIVATE KEY-----", "SECRET", "MII"),
+        ("see https://bob:pw1@host.example.com/x", "URL", "bob"),
+        ("see https://files.example.com/a?token=abc", "URL", "abc"),
+        ("on http://wiki.corp.internal/page", "URL", "wiki"),
+        ("from 83.12.44.7 again", "IP", "83.12"),
+    ],
+)
+def test_a_planted_value_is_removed(text, kind, gone):
+    """Guards against a detector that misses what it is there for."""
+    (clean,), counts = scrub(text)
+    assert counts == {kind: 1} and f"[{kind}_1]" in clean and gone not in clean
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "order TL-40213 and invoice INV-2093100", "on 31.12.2026 at 10:30", "card 4111 1111 1111 1112 fails Luhn",
+        "password is not accepted", "order tl 40213, ticket #88213", "we are 1200 people since 2019-05-02", "https://example.com/help",
+    ],
+)  # fmt: skip
+def test_what_the_task_needs_stays(text):
+    """Guards against scrubbing order numbers and dates out of the labels."""
+    assert scrub(text) == ([text], {})
+
+
+def test_equal_values_get_equal_placeholders_within_a_request_only():
+    """Guards against an output that no longer matches its input, and against people who can be followed."""
+    (one, two), counts = scrub("ada@corp.com and bob@corp.com", '{"to":"bob@corp.com"}')
+    assert (one, two) == ("[EMAIL_1] and [EMAIL_2]", '{"to":"[EMAIL_2]"}') and counts == {"EMAIL": 2}
+    assert scrub("bob@corp.com")[0] == ["[EMAIL_1]"]
+
+
+def test_scrubbing_twice_changes_nothing():
+    """Guards against placeholders that are taken for secrets."""
+    texts, _ = scrub("password is Sommer2024, key sk-abcdEFGH1234abcdEFGH, http://a:b@c.internal/x")
+    assert scrub(*texts) == (texts, {})
+
+
+def test_evaluation_is_served_first(settings):
+    """Guards against training on production failures before any of them is tested."""
+    found = sample(settings, CONTRACT, logs(settings, line(1), line(2)).lines)
+    assert len(found.holdout) == 2 and not found.training
+
+
+def test_no_row_and_no_group_goes_to_both_sides_even_over_time(settings):
+    """Guards against a customer, or a text, in training and in the holdout."""
+    for start in (0, 50, 100):
+        records = [line(n, group=f"c{n % 20}", input=f"text {n % 35}") for n in range(start, start + 50)]
+        save_sample(settings, sample(settings, CONTRACT, logs(settings, *records).lines))
+    held, trained = rows_of(settings)
+    assert len(held) >= 2 and trained
+    for key in (lambda r: r.id, lambda r: r.user, lambda r: r.meta.group):
+        assert not {key(r) for r in held} & {key(r) for r in trained}
+
+
+def test_a_second_run_takes_nothing_twice(settings):
+    """Guards against a holdout that grows by rerunning the notebook."""
+    lines = logs(settings, *(line(n) for n in range(9))).lines
+    first = save_sample(settings, sample(settings, CONTRACT, lines))
+    found = sample(settings, CONTRACT, lines)
+    assert found.known == 9 and save_sample(settings, found) == first
+
+
+def test_without_a_trusted_label_a_person_looks_first(settings):
+    """Guards against the model's own answer, or a broken correction, becoming a label."""
+    records = [line(1, correction=None, parse_ok=False), line(2, correction='{"label":"z"}'), line(3, correction=None)]
+    found = sample(settings, CONTRACT, logs(settings, *records).lines)
+    assert not found.holdout and not found.training
+    assert [r["request_id"] for r in found.review] == ["r1", "r2"]
+
+
+def test_the_random_share_is_seeded_and_looks_at_what_seems_right(settings):
+    """Guards against a sample of complaints only, and against one that changes by rerunning."""
+    wide = settings.model_copy(update={"production": settings.production.model_copy(update={"random_share": 0.3})})
+    wide._root = settings.root
+    lines = logs(settings, *(line(n, correction=None) for n in range(100))).lines
+    picks = [[r["request_id"] for r in sample(wide, CONTRACT, lines).review] for _ in range(2)]
+    assert picks[0] == picks[1] and 15 < len(picks[0]) < 45
+
+
+def test_a_reviewed_queue_is_read_as_a_log(settings):
+    """Guards against a review queue whose work cannot be brought in, or is overwritten."""
+    records = [line(1, correction=None, parse_ok=False)]
+    counts = save_sample(settings, sample(settings, CONTRACT, logs(settings, *records).lines))
+    path = settings.path("data/raw/production_review.jsonl")
+    assert counts == {"data/raw/production_review.jsonl": 1}
+    record = json.loads(path.read_text()) | {"correction": '{"label":"b"}'}
+    path.write_text(json.dumps(record) + "\n")
+    found = sample(settings, CONTRACT, read_logs(path).lines)
+    assert [row.answer for row in found.holdout] == ['{"label":"b"}'] and "c1" not in found.holdout[0].meta.group
+
+
+def test_a_text_of_an_evaluation_set_goes_nowhere(settings):
+    """Guards against an evaluation row that comes back through the logs."""
+    write_rows(settings.path("data/eval/test.jsonl"), [make_row("Message  number 1", '{"label":"b"}', category="b")])
+    found = sample(settings, CONTRACT, logs(settings, line(1)).lines)
+    assert found.in_eval == 1 and not found.holdout
+
+
+def test_the_holdout_is_guarded_against_leakage(settings):
+    """Guards against training rows that paraphrase the production holdout: 04 compares with it too."""
+    from slm.curate.leakage import evaluation_rows
+    from slm.registry import SETS
+
+    for name in (*SETS, "production_holdout"):
+        write_rows(settings.path(f"data/eval/{name}.jsonl"), [make_row(f"text of {name}", '{"label":"b"}', category="b")])
+    assert "production_holdout" in evaluation_rows(settings)
+
+
+def test_the_sample_log_shows_every_step(tmp_path):
+    """Guards against a bundled log that no longer fits the starter's contract."""
+    from task.contract import contract
+
+    settings = Settings()
+    settings._root = tmp_path
+    found = read_logs(ROOT / settings.production.logs)
+    assert found.read >= 20 and found.problems and found.no_consent and found.repeated
+    lines, counts = scrub_logs(found.lines)
+    assert sum(counts.values()) >= 3 and not scrub(*(one.input for one in lines))[1]
+    sorted_ = sample(settings, contract, lines)
+    assert len(sorted_.holdout) >= settings.production.holdout_first and sorted_.review
+    save_sample(settings, sorted_)
+    assert read_rows(tmp_path / "data/eval/production_holdout.jsonl") == sorted_.holdout
