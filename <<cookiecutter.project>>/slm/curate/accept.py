@@ -1,7 +1,7 @@
 """Seed rows and batches go through the gates; accepted, rejected, split and recorded. in == accepted + rejected."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,10 @@ from pathlib import Path
 from slm import registry
 from slm.curate import duplicates, gates, leakage, privacy
 from slm.curate.coverage import coverage
-from slm.curate.funnel import funnel_table, planted_table, plot_funnel
+from slm.curate.funnel import planted_table, plot_funnel
 from slm.curate.read import Candidate, Verdict, read_candidates
 from slm.curate.split import record_dataset, split_file
+from slm.curate.text import pairs_of
 from slm.errors import SlmError
 from slm.generate.plan import batches
 from slm.rows import Row, write_jsonl, write_rows
@@ -37,7 +38,9 @@ class Curated:
 
     def funnel(self):
         """A table, one line per gate: rows in, rejected, out."""
-        return funnel_table(self.steps)
+        import pandas as pd
+
+        return pd.DataFrame(self.steps, columns=["gate", "in", "rejected", "out"])
 
     def plot(self, path: Path) -> Path:
         """The funnel as a PNG at `path`."""
@@ -49,9 +52,8 @@ class Curated:
 
         shown: dict[str, list] = defaultdict(list)
         for c in self.rejected:
-            text = c.row.user if c.row else c.raw
-            line = {"gate": c.verdict.gate, "reason": c.verdict.reason, "place": c.place, "message": text[:80]}
-            shown[c.verdict.gate].append(line | {"evidence": json.dumps(c.verdict.evidence, ensure_ascii=False)[:120]})
+            evidence, text = json.dumps(c.verdict.evidence, ensure_ascii=False), c.row.user if c.row else c.raw
+            shown[c.verdict.gate].append((c.verdict.gate, c.verdict.reason, c.place, text[:80], evidence[:120]))
         columns = ["gate", "reason", "place", "message", "evidence"]
         return pd.DataFrame([line for lines in shown.values() for line in lines[:n]], columns=columns)
 
@@ -68,26 +70,28 @@ def judge(
     candidates: list[Candidate], settings, contract, checks: list[Callable] = (), count_tokens: Callable | None = None,
     sets: dict[str, list[Row]] | None = None, hidden: list[str] = (),
 ) -> tuple[list[Candidate], list[dict], dict[str, dict]]:  # fmt: skip
-    """Run every gate over the candidates, each gate on what the ones before it let through.
-
-    Returns the candidates with their verdicts (same order), the funnel's steps, and the accepted values by position.
-    `sets` None leaves the leakage gate out, `count_tokens` None the length gate.
-    """
+    """Run every gate over the candidates, each gate on what the ones before it let through. Returns the candidates with
+    their verdicts (same order), the funnel's steps, and the accepted values by position. `sets` None leaves the leakage
+    gate out, `count_tokens` None the length gate."""
     cfg, result, steps = settings.curate, list(candidates), []
-    values: dict[int, dict] = {}
 
     def alive() -> list[int]:
         return [n for n, c in enumerate(result) if c.verdict is None]
 
-    def apply(names: tuple[str, ...], verdicts: list[Verdict | None], order: list[int]) -> None:
-        before = len(order)
+    def count(name: str, before: int, lost: int) -> None:
+        steps.append({"gate": name, "in": before, "rejected": lost, "out": before - lost})
+
+    def refuse(name: str, order: list[int], verdicts: list[Verdict | None]) -> None:
+        before = len(alive())
         for n, verdict in zip(order, verdicts, strict=True):
             if verdict:
                 result[n] = result[n].refuse(verdict)
-        for name in names:
-            lost = sum(v is not None and v.gate == name for v in verdicts)
-            steps.append({"gate": name, "in": before, "rejected": lost, "out": before - lost})
-            before -= lost
+        if name:
+            count(name, before, before - len(alive()))
+
+    def gate(name: str, verdict_of: Callable) -> None:
+        order = alive()
+        refuse(name, order, verdict_of([result[n].row for n in order], [values[n] for n in order]))
 
     order = alive()
     verdicts, found = gates.read_answers([result[n].row for n in order], contract)
@@ -97,56 +101,54 @@ def judge(
         if other != n and result[other].row.messages != result[n].row.messages and verdicts[place] is None:
             reason = f"its id is already that of {result[other].place}"
             verdicts[place] = Verdict("schema_validity", reason, {"id": result[n].row.id})
-    values = {n: value for n, value in zip(order, found, strict=True)}
-    unread = {n: c.verdict for n, c in enumerate(candidates) if c.verdict is not None}
-    judged = dict(zip(order, verdicts, strict=True)) | unread
-    first = ("removed",) if any(v.gate == "removed" for v in unread.values()) else ()
-    everything = list(range(len(result)))
-    apply((*first, "json_validity", "schema_validity", "contract_validity"), [judged[n] for n in everything], everything)
+    values = dict(zip(order, found, strict=True))
+    refuse("", order, verdicts)
+    lost, left = Counter(c.verdict.gate for c in result if c.verdict), len(result)
+    first = ("removed",) if lost["removed"] else ()
+    for name in (*first, "json_validity", "schema_validity", "contract_validity"):
+        count(name, left, lost[name])
+        left -= lost[name]
 
-    def gate(name: str, verdict_of: Callable) -> None:
-        order = alive()
-        apply((name,), verdict_of([result[n].row for n in order], [values[n] for n in order]), order)
-
-    names = frozenset(str(v).lower() for v in _enum_values(contract.schema))
-    gate("check", lambda rows, vals: gates.checked(rows, vals, list(checks)))
-    gate("leaked_instructions", lambda rows, vals: gates.leaked(rows, list(hidden)))
+    gate("check", lambda rows, vals: gates.checked(rows, vals, checks))
+    gate("leaked_instructions", lambda rows, vals: gates.leaked(rows, hidden))
     gate("personal_data", lambda rows, vals: privacy.personal(rows))
     if count_tokens is not None:
         limit = min(cfg.max_tokens, settings.train.max_seq_length)
         gate("length", lambda rows, vals: gates.too_long(rows, contract, count_tokens, limit))
     if sets is not None:
         gate("evaluation_leakage", lambda rows, vals: leakage.leaks(rows, sets, cfg.leakage, cfg.semantic_duplicate))
+
     order = alive()
-    rows = [result[n].row for n in order]
-    pairs = duplicates.pairs_of(rows, min(cfg.near_duplicate, cfg.contradiction), cfg.semantic_duplicate)
+    rows, vals = [result[n].row for n in order], [values[n] for n in order]
+    pairs = pairs_of(rows, min(cfg.near_duplicate, cfg.contradiction), cfg.semantic_duplicate)
     trusted = frozenset(c.row.id for c in result if c.row and (c.row.meta.source == "human" or c.file == SEED))
-    against = duplicates.contradictions(rows, [values[n] for n in order], pairs, cfg.contradiction, trusted)
-    apply(("label_consistency",), against, order)
-    kept = [n for n, verdict in enumerate(against) if verdict is None]
-    place = {n: p for p, n in enumerate(kept)}
+    against = duplicates.contradictions(rows, vals, pairs, cfg.contradiction, trusted)
+    refuse("label_consistency", order, against)
     pairs = [
-        duplicates.Pair(place[p.first], place[p.second], p.measure, p.similarity)
-        for p in pairs
-        if p.first in place and p.second in place and (p.measure != "jaccard" or p.similarity >= cfg.near_duplicate)
-    ]
-    gate("duplicates", lambda rows, vals: duplicates.duplicates(rows, vals, pairs))
+        p for p in pairs if not against[p.first] and not against[p.second]
+        and (p.measure != "jaccard" or p.similarity >= cfg.near_duplicate)
+    ]  # fmt: skip
+    refuse("duplicates", order, duplicates.duplicates(rows, vals, pairs))
+    names = frozenset(str(v).lower() for v in _enum_values(contract.schema))
     gate("trivial", lambda rows, vals: gates.trivial(rows, cfg.min_words, names))
     return result, steps, {n: values[n] for n in alive()}
 
 
 def curate(settings, contract, checks: list[Callable], count_tokens: Callable, hidden: list[str] = ()) -> Curated:
-    """Judge data/raw/seed.jsonl and every file of data/generated, then write data/accepted and data/rejected.
-
-    `hidden` are the prompt texts that no row may repeat. Everything is rebuilt from the inputs, so a second run gives
-    the same bytes. Raises SlmError when there is nothing to read, or nothing left to split.
-    """
+    """Judge data/raw/seed.jsonl and every file of data/generated, then write data/accepted and data/rejected. `hidden`
+    are the prompt texts that no row may repeat. Everything is rebuilt from the inputs, so a second run gives the same
+    bytes. Raises SlmError when there is nothing to read, or nothing left to split."""
     seed = settings.path(SEED)
     files = ([seed] if settings.curate.include_seed_rows and seed.is_file() else []) + batches(settings)
     if not files:
         raise SlmError("data/generated: no batch to curate; run 03_generate first.")
     candidates = [c for f in files for c in read_candidates(f, str(f.relative_to(settings.root)))]
-    candidates = _with_removed(settings, candidates)
+    path = settings.path("data/accepted/all.jsonl")
+    # Accepted rows whose source is gone stay visible: they are refused under the gate "removed", not forgotten.
+    present = {c.row.id for c in candidates if c.row}
+    old = read_candidates(path, "data/accepted/all.jsonl") if path.is_file() else ()
+    gone = Verdict("removed", "no file in data/raw or data/generated holds this row any more", {})
+    candidates += [c.refuse(gone) for c in old if c.row and c.row.id not in present]
     sets = leakage.evaluation_rows(settings)
     result, steps, values = judge(candidates, settings, contract, checks, count_tokens, sets, hidden)
     accepted = [_canonical(result[n].row, contract.dump(value), contract.label(value)) for n, value in values.items()]
@@ -156,7 +158,6 @@ def curate(settings, contract, checks: list[Callable], count_tokens: Callable, h
     _write_rejected(settings, files, rejected)
     if not accepted:
         raise SlmError(f"all {len(rejected)} rows were refused; read data/rejected, then mend the prompt or the gates.")
-    path = settings.path("data/accepted/all.jsonl")
     table = coverage(accepted, contract)
     uneven = table[~table["verdict"].isin(["", "ok"])]
     short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
@@ -167,15 +168,6 @@ def curate(settings, contract, checks: list[Callable], count_tokens: Callable, h
     planted = settings.path("data/raw/planted_faults.json")
     faults = json.loads(planted.read_text(encoding="utf-8")) if planted.is_file() else []
     return Curated(result, accepted, steps, record, faults, contract)
-
-
-def _with_removed(settings, candidates: list[Candidate]) -> list[Candidate]:
-    """Accepted rows whose source is gone stay visible: they are refused under the gate "removed", not forgotten."""
-    path = settings.path("data/accepted/all.jsonl")
-    present = {c.row.id for c in candidates if c.row}
-    old = read_candidates(path, "data/accepted/all.jsonl") if path.is_file() else ()
-    gone = Verdict("removed", "no file in data/raw or data/generated holds this row any more", {})
-    return candidates + [c.refuse(gone) for c in old if c.row and c.row.id not in present]
 
 
 def _write_rejected(settings, files: list[Path], rejected: list[Candidate]) -> None:

@@ -10,9 +10,7 @@ SHORT = 0.5  # a value with less than this share of its quota is short
 
 def coverage(rows: list[Row], contract):
     """A table: dimension, value, rows, share, quota (share planned; None where nothing is planned) and verdict.
-
-    Verdicts are "ok", "short" (less than half of the quota), "too many easy" (over 60 % easy) and "".
-    """
+    Verdicts are "ok", "short" (less than half of the quota), "too many easy" (over 60 % easy) and ""."""
     import pandas as pd
 
     labels = label_values(contract)

@@ -1,25 +1,18 @@
 """The gates that judge a row by its neighbours: contradictions (9) and duplicates (5)."""
 
 from slm.curate.read import Verdict
-from slm.curate.text import Pair, similar, text_of
+from slm.curate.text import Pair, text_of
 from slm.rows import Row
 
 Verdicts = list[Verdict | None]
 
 
-def pairs_of(rows: list[Row], near: float, semantic: float, start: int = 0) -> list[Pair]:
-    """Pairs of rows whose messages are alike."""
-    return similar([text_of(row) for row in rows], near, semantic, start)
-
-
 def contradictions(
     rows: list[Row], values: list[dict], pairs: list[Pair], threshold: float, trusted: frozenset[str] = frozenset()
 ) -> Verdicts:
-    """Gate 9: alike messages with answers that differ, other than by what each copied from its own message.
-
-    A `trusted` row (by id: seed rows, human rows) wins over another; else both go, for neither can be believed.
-    A contrast made on purpose says so: provenance.contrast_of names its twin.
-    """
+    """Gate 9: alike messages with answers that differ, other than by what each copied from its own message. A `trusted`
+    row (by id: seed rows, human rows) wins over another; else both go, for neither can be believed. A contrast made on
+    purpose says so: provenance.contrast_of names its twin."""
     verdicts: Verdicts = [None] * len(rows)
     for pair in pairs:
         a, b = rows[pair.first], rows[pair.second]
@@ -53,10 +46,8 @@ def differing(a: Row, left: dict, b: Row, right: dict) -> str | None:
 
 
 def duplicates(rows: list[Row], values: list[dict], pairs: list[Pair], start: int = 0) -> Verdicts:
-    """Gate 5: of alike rows the first stays. Rows before `start` are only compared with, never refused.
-
-    Near-miss rows (and marked contrasts) with another answer than their twin stay: the contrast is what they teach.
-    """
+    """Gate 5: of alike rows the first stays. Rows before `start` are only compared with, never refused. Near-miss rows
+    (and marked contrasts) with another answer than their twin stay: the contrast is what they teach."""
     verdicts: Verdicts = [None] * len(rows)
     for pair in pairs:
         a, b = rows[pair.first], rows[pair.second]

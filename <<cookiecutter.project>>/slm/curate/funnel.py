@@ -3,13 +3,6 @@
 from pathlib import Path
 
 
-def funnel_table(steps: list[dict]):
-    """A table from the steps {"gate", "in", "rejected", "out"}."""
-    import pandas as pd
-
-    return pd.DataFrame(steps, columns=["gate", "in", "rejected", "out"])
-
-
 def plot_funnel(steps: list[dict], path: Path) -> Path:
     """Horizontal bars, rows left after each gate, saved as PNG; returns the path."""
     from matplotlib.figure import Figure

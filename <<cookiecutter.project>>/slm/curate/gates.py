@@ -33,28 +33,21 @@ _PLACEHOLDER = re.compile(
 
 
 def read_answers(rows: list[Row], contract) -> tuple[Verdicts, list[dict | None]]:
-    """Gates 1 to 3 on the answers, and the values read from them.
-
-    json_validity: the answer holds no JSON. schema_validity: a field is missing, unknown or has a value that is not allowed.
-    contract_validity: the JSON is right, but the answer is not exactly that (prose or a code fence around it).
-    """
+    """Gates 1 to 3 on the answers, and the values read from them. json_validity: the answer holds no JSON.
+    schema_validity: a field is missing, unknown or has a value that is not allowed. contract_validity: the JSON is
+    right, but the answer is not exactly that (prose or a code fence around it)."""
     verdicts, values = [], []
     for row in rows:
-        strict = contract.parse(row.answer)
-        if strict.error is None:
-            verdicts.append(None)
-            values.append(strict.value)
-            continue
-        lenient = contract.parse(row.answer, lenient=True)
+        strict, verdict = contract.parse(row.answer), None
         if strict.stage == "schema":
             field = strict.error.split(":")[0]
             verdict = Verdict("schema_validity", f"the answer breaks the contract: {strict.error}", {"field": field})
-        elif lenient.error is None:
+        elif strict.error and contract.parse(row.answer, lenient=True).error is None:
             verdict = Verdict("contract_validity", "text around the JSON of the answer", {"answer": row.answer[:300]})
-        else:
+        elif strict.error:
             verdict = Verdict("json_validity", f"the answer is {strict.error}", {"answer": row.answer[:300]})
         verdicts.append(verdict)
-        values.append(None)
+        values.append(None if verdict else strict.value)
     return verdicts, values
 
 
@@ -67,16 +60,14 @@ def leaked(rows: list[Row], hidden: list[str] = ()) -> Verdicts:
         hit = _LEAK_ANY.search(user) or _LEAK_ANY.search(answer) or _LEAK_ANSWER.search(answer)
         phrase = hit.group(0) if hit else next((run for run in _runs(f"{user}\n{answer}") if run in secret), None)
         where = "answer" if phrase and phrase.lower() in answer.lower() else "message"
-        found = Verdict("leaked_instructions", f"the {where} speaks of its own making", {"phrase": phrase, "in": where})
-        verdicts.append(found if phrase else None)
+        reason = f"the {where} speaks of its own making"
+        verdicts.append(phrase and Verdict("leaked_instructions", reason, {"phrase": phrase, "in": where}))
     return verdicts
 
 
 def trivial(rows: list[Row], min_words: int, names: frozenset[str] = frozenset()) -> Verdicts:
-    """Gate 6: neither too short, nor repetitive, nor a template (unfilled, or filled again with other numbers and names).
-
-    `names` are words that a template would swap (label values, product names).
-    """
+    """Gate 6: neither too short, nor repetitive, nor a template (unfilled, or filled again with other numbers and
+    names). `names` are words that a template would swap (label values, product names)."""
     verdicts, seen = [], {}
     for row in rows:
         text = text_of(row)
@@ -98,10 +89,7 @@ def trivial(rows: list[Row], min_words: int, names: frozenset[str] = frozenset()
 
 
 def too_long(rows: list[Row], contract, count_tokens: Callable, limit: int) -> Verdicts:
-    """Gate 8: the whole row, rendered with the student's chat template, has at most `limit` of its tokens.
-
-    `count_tokens(list of message lists) -> list of counts`.
-    """
+    """Gate 8: at most `limit` of the student's tokens, as `count_tokens(list of message lists)` counts whole rows."""
     counts = count_tokens([contract.messages(row) for row in rows]) if rows else []
     return [
         Verdict("length", f"{n} tokens; at most {limit} fit", {"tokens": n, "limit": limit}) if n > limit else None
@@ -127,6 +115,6 @@ def checked(rows: list[Row], values: list[dict], checks: list[Callable]) -> Verd
     return verdicts
 
 
-def _runs(text: str, n: int = 7) -> list[str]:
+def _runs(text: str) -> list[str]:
     found = words(text)
-    return [" ".join(found[i : i + n]) for i in range(len(found) - n + 1)]
+    return [" ".join(found[i : i + 7]) for i in range(len(found) - 6)]

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 
 from slm.curate.read import Verdict
-from slm.curate.text import shingles, text_of, words
+from slm.curate.text import shingles, text_of, tfidf, words
 from slm.errors import SlmError
 from slm.registry import SETS
 from slm.rows import Row, read_rows
@@ -20,8 +20,7 @@ def evaluation_rows(settings) -> dict[str, list[Row]]:
 
 def leaks(rows: list[Row], sets: dict[str, list[Row]], near: float, semantic: float) -> list[Verdict | None]:
     """Exact: the same words. Near: Jaccard of word 3-shingles at least `near`. Contained: an evaluation message of ten
-    words or more stands in the row (90 % of its shingles). Semantic: TF-IDF cosine at least `semantic`.
-    """
+    words or more stands in the row (90 % of its shingles). Semantic: TF-IDF cosine at least `semantic`."""
     known = [(name, row) for name, members in sets.items() for row in members]
     texts = [text_of(row) for _, row in known]
     shingled = [shingles(text) for text in texts]
@@ -31,21 +30,19 @@ def leaks(rows: list[Row], sets: dict[str, list[Row]], near: float, semantic: fl
         for shingle in found:
             index[shingle].append(n)
     close = _cosine([text_of(row) for row in rows], texts)
-    verdicts = []
-    for row, (best, cosine) in zip(rows, close, strict=True):
-        own = shingles(text_of(row))
-        hit = exact.get(" ".join(words(text_of(row))))
-        measure, similarity = "exact", 1.0
+    verdicts: list[Verdict | None] = [None] * len(rows)
+    for place, (row, (best, cosine)) in enumerate(zip(rows, close, strict=True)):
+        hit, measure, similarity = exact.get(" ".join(words(text_of(row)))), "exact", 1.0
         if hit is None:
-            hit, measure, similarity = _overlap(own, index, shingled, near)
+            hit, measure, similarity = _overlap(shingles(text_of(row)), index, shingled, near)
         if hit is None and cosine >= semantic:
             hit, measure, similarity = best, "cosine", cosine
         if hit is None:
-            verdicts.append(None)
             continue
         name, twin = known[hit]
         evidence = {"set": name, "twin": twin.id, "measure": measure, "similarity": round(similarity, 3)}
-        verdicts.append(Verdict("evaluation_leakage", f"too like row {twin.id} of data/eval/{name}.jsonl", evidence))
+        reason = f"too like row {twin.id} of data/eval/{name}.jsonl"
+        verdicts[place] = Verdict("evaluation_leakage", reason, evidence)
     return verdicts
 
 
@@ -64,14 +61,10 @@ def _overlap(own: frozenset, index: dict, shingled: list[frozenset], near: float
 
 def _cosine(texts: list[str], known: list[str], chunk: int = 5000) -> list[tuple[int, float]]:
     """For each text the nearest known text and its TF-IDF cosine."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     if not texts or not any(words(text) for text in known):
         return [(0, 0.0)] * len(texts)
-    vectorizer = TfidfVectorizer(tokenizer=words, token_pattern=None, lowercase=False, sublinear_tf=True)
-    reference = vectorizer.fit([*known, *texts]).transform(known).T
-    found = []
-    for begin in range(0, len(texts), chunk):
-        product = (vectorizer.transform(texts[begin : begin + chunk]) @ reference).toarray()
+    matrix, found = tfidf([*known, *texts]), []
+    for begin in range(len(known), matrix.shape[0], chunk):
+        product = (matrix[begin : begin + chunk] @ matrix[: len(known)].T).toarray()
         found += zip(product.argmax(axis=1).tolist(), product.max(axis=1).tolist(), strict=True)
     return found

@@ -21,11 +21,8 @@ _NAMED = re.compile(r"(?i)\b(?:password|passwort|token|secret|api[ _-]?key|key)\
 
 def luhn(digits: str) -> bool:
     """The check sum of payment cards (ISO/IEC 7812-1)."""
-    total = 0
-    for place, digit in enumerate(reversed(digits)):
-        n = int(digit) * (2 if place % 2 else 1)
-        total += n - 9 if n > 9 else n
-    return total % 10 == 0
+    doubled = (int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits)))
+    return sum(n - 9 if n > 9 else n for n in doubled) % 10 == 0
 
 
 def iban_valid(text: str) -> bool:
@@ -59,8 +56,5 @@ def find(text: str) -> tuple[str, str] | None:
 
 def personal(rows: list[Row]) -> list[Verdict | None]:
     """Refuse rows with personal data or secrets; the evidence shows only the beginning of what was found."""
-    verdicts = []
-    for row in rows:
-        hit = find("\n".join(m.content for m in row.messages))
-        verdicts.append(Verdict("personal_data", f"holds {hit[0]}", {"phrase": f"{hit[1][:4]}…"}) if hit else None)
-    return verdicts
+    hits = [find("\n".join(m.content for m in row.messages)) for row in rows]
+    return [hit and Verdict("personal_data", f"holds {hit[0]}", {"phrase": f"{hit[1][:4]}…"}) for hit in hits]

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from slm.errors import SlmError
 from slm.rows import Row, explain, from_any
 
@@ -59,16 +57,16 @@ def read_candidates(path: Path, name: str = "") -> Iterator[Candidate]:
 
 def _candidate(name: str, number: int, line: bytes) -> Candidate:
     raw = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace").rstrip("\r\n")
-    candidate = Candidate(name, number, raw)
+    candidate, place = Candidate(name, number, raw), {"file": name, "line": number}
     try:
         line.decode("utf-8")
         record = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not JSON: {error}"
-        return candidate.refuse(Verdict("json_validity", what, {"file": name, "line": number}))
-    try:
         if not isinstance(record, dict):
             raise ValueError("a line must be a JSON object")
         return replace(candidate, row=from_any(record, category="all"))
-    except (ValueError, ValidationError, TypeError) as error:
-        return candidate.refuse(Verdict("schema_validity", explain(error), {"file": name, "line": number}))
+    except UnicodeDecodeError:
+        return candidate.refuse(Verdict("json_validity", "not UTF-8", place))
+    except (json.JSONDecodeError, RecursionError) as error:
+        return candidate.refuse(Verdict("json_validity", f"not JSON: {error}", place))
+    except (ValueError, TypeError) as error:
+        return candidate.refuse(Verdict("schema_validity", explain(error), place))

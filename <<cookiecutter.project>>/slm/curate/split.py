@@ -14,10 +14,8 @@ SMALL, LARGE = (0.70, 0.15, 0.15), (0.80, 0.10, 0.10)
 
 
 def split_rows(rows: list[Row], seed: int, small_dataset: int) -> dict[str, list[Row]]:
-    """70/15/15 below `small_dataset` rows, 80/10/10 from there on. Groups are dealt in the order of a seeded hash.
-
-    A row without a group is a group of its own. Raises SlmError with fewer than three groups.
-    """
+    """70/15/15 below `small_dataset` rows, 80/10/10 from there on. Groups are dealt in the order of a seeded hash. A
+    row without a group is a group of its own. Raises SlmError with fewer than three groups."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.meta.group or row.id].append(row)
@@ -54,10 +52,8 @@ def split_file(settings, path: Path) -> dict:
 
 
 def record_dataset(settings, path: Path, split: dict, parents: dict, gates: list[dict]) -> dict:
-    """The dataset's line in registry/datasets.jsonl; the version is the content hash of `path`.
-
-    An unchanged dataset with an unchanged split is not recorded twice.
-    """
+    """The dataset's line in registry/datasets.jsonl; the version is the content hash of `path`. An unchanged dataset
+    with an unchanged split is not recorded twice."""
     rows = read_rows(path)
     version = registry.file_hash(path)[:12]
     last = registry.latest(settings, "datasets")

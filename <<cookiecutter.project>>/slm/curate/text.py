@@ -41,17 +41,11 @@ def skeleton(text: str, names: frozenset[str] = frozenset()) -> str:
     return " ".join("#" if any(c.isdigit() for c in w) else "@" if w in names else w for w in words(text))
 
 
-def jaccard(a: frozenset, b: frozenset) -> float:
-    """Shared share of two sets, 0 to 1."""
-    return len(a & b) / len(a | b) if a or b else 1.0
-
-
-def similar(texts: list[str], jaccard_at: float, cosine_at: float, start: int = 0) -> list[Pair]:
-    """Pairs of texts that are alike; of the texts before `start`, none is compared with another.
-
-    Exact: the same words. Near: MinHash LSH over word 3-shingles, each hit verified by the exact Jaccard similarity.
-    Semantic: TF-IDF cosine. A pair is reported once, by the first of these measures that finds it.
-    """
+def pairs_of(rows: list[Row], jaccard_at: float, cosine_at: float, start: int = 0) -> list[Pair]:
+    """Pairs of rows whose messages are alike; of the rows before `start`, none is compared with another. Exact: the
+    same words. Near: MinHash LSH over word 3-shingles, each hit verified by the exact Jaccard similarity. Semantic:
+    TF-IDF cosine. A pair is reported once, by the first of these measures that finds it."""
+    texts = [text_of(row) for row in rows]
     best: dict[tuple[int, int], Pair] = {}
     sets = [shingles(text) for text in texts]
     for pair in (*_exact(texts, start), *_near(sets, jaccard_at, start), *_cosine(texts, cosine_at, start)):
@@ -78,20 +72,24 @@ def _near(sets: list[frozenset], threshold: float, start: int) -> list[Pair]:
     for j, signature in enumerate(MinHash.generator(encoded, num_perm=128)):
         if j >= start:
             for i in index.query(signature):
-                similarity = jaccard(sets[i], sets[j])
+                similarity = len(sets[i] & sets[j]) / len(sets[i] | sets[j])
                 if similarity >= threshold:
                     pairs.append(Pair(i, j, "jaccard", round(similarity, 3)))
         index.insert(j, signature, check_duplication=False)
     return pairs
 
 
-def _cosine(texts: list[str], threshold: float, start: int, chunk: int = 2000) -> list[Pair]:
+def tfidf(texts: list[str]):
+    """Unit vectors of word weights, one sparse line per text: their products are cosines."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    return TfidfVectorizer(tokenizer=words, token_pattern=None, lowercase=False, sublinear_tf=True).fit_transform(texts)
+
+
+def _cosine(texts: list[str], threshold: float, start: int, chunk: int = 2000) -> list[Pair]:
     if len(texts) < 2 or not any(words(text) for text in texts):
         return []
-    matrix = TfidfVectorizer(tokenizer=words, token_pattern=None, lowercase=False, sublinear_tf=True).fit_transform(texts)
-    pairs = []
+    matrix, pairs = tfidf(texts), []
     for begin in range(start, len(texts), chunk):
         end = min(begin + chunk, len(texts))
         product = (matrix[begin:end] @ matrix[:end].T).tocoo()

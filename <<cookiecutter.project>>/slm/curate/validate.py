@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from slm.curate.duplicates import duplicates, pairs_of
+from slm.curate.duplicates import duplicates
 from slm.curate.gates import checked, read_answers
 from slm.curate.read import Candidate, Verdict, read_candidates
+from slm.curate.text import pairs_of
 from slm.errors import SlmError
 from slm.rows import Row
 
@@ -29,20 +30,20 @@ def validate(path: Path, contract, checks: list[Callable] = ()) -> list[Candidat
 
 
 def dedupe(settings, path: Path, against: Path | None = None) -> tuple[list[Row], list[tuple[Row, Verdict]]]:
-    """The rows of a file that are duplicates neither of each other nor of rows `against`, and those that are.
-
-    Rows with the id of a known row are not compared with it: after 04 the accepted rows are the batch's own.
-    Unreadable lines raise SlmError: validate first.
-    """
+    """The rows of a file that are duplicates neither of each other nor of rows `against`, and those that are. Rows with
+    the id of a known row are not compared with it: after 04 the accepted rows are the batch's own. Unreadable lines
+    raise SlmError: validate first."""
     rows = _readable(path)
     own = {row.id for row in rows}
-    known = [row for file in _files(against) for row in _readable(file)]
-    known = list({row.id: row for row in known if row.id not in own}.values())
+    if against and not Path(against).exists():
+        raise SlmError(f"{against}: there is no such file or folder.")
+    files = [] if not against else sorted(Path(against).glob("*.jsonl")) if Path(against).is_dir() else [against]
+    known = list({row.id: row for file in files for row in _readable(file) if row.id not in own}.values())
     everything = [*known, *rows]
     pairs = pairs_of(everything, settings.curate.near_duplicate, settings.curate.semantic_duplicate, len(known))
     verdicts = duplicates(everything, [row.answer for row in everything], pairs, len(known))[len(known) :]
-    kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict is None]
-    return kept, [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if verdict]
+    found = list(zip(rows, verdicts, strict=True))
+    return [row for row, verdict in found if verdict is None], [pair for pair in found if pair[1]]
 
 
 def _readable(path: Path) -> list[Row]:
@@ -51,12 +52,3 @@ def _readable(path: Path) -> list[Row]:
         if c.verdict:
             raise SlmError(f"{c.place}: {c.verdict.reason}; run scripts/validate_jsonl.py {path} and mend the file first.")
     return [c.row for c in candidates]
-
-
-def _files(against: Path | None) -> list[Path]:
-    if against is None:
-        return []
-    against = Path(against)
-    if not against.exists():
-        raise SlmError(f"{against}: there is no such file or folder.")
-    return sorted(against.glob("*.jsonl")) if against.is_dir() else [against]

@@ -1,16 +1,7 @@
 """Baselines first, then the fine-tuned model on the same rows, with intervals, paired tests and release gates."""
 
-from slm.evaluate.baselines import (
-    check_sets,
-    choose_shots,
-    load_baselines,
-    require_baselines,
-    run_baseline,
-    run_baselines,
-    save_baselines,
-    seed_rows,
-    take,
-)  # fmt: skip
+from slm.evaluate.baselines import check_sets, choose_shots, load_baselines, require_baselines, run_baseline
+from slm.evaluate.baselines import run_baselines, save_baselines, seed_rows, take
 from slm.evaluate.candidate import load_candidate, open_sets, run_candidate
 from slm.evaluate.compare import Comparison, detectable_difference, paired
 from slm.evaluate.metrics import Metric, Result, evaluate, measure

@@ -3,55 +3,46 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate.metrics import Result, evaluate
-from slm.rows import Row, explain, read_rows, write_json
+from slm.evaluate.metrics import Result, evaluate, read_results
+from slm.generate.plan import seed_rows
+from slm.rows import Row, read_rows, write_json
 
 NAMES = ("majority", "rules", "base", "prompted_base", "larger")
-SEED = "data/raw/seed.jsonl"
 
 
 def check_sets(settings, contract: Contract) -> dict[str, list[Row]]:
     """The four evaluation sets, checked: they parse, their answers keep the contract, no id, text or group is shared.
-
-    Raises SlmError with every problem of the first kind found, file and row named.
-    """
+    Raises SlmError with every problem of the first kind found, file and row named."""
     sets = {name: read_rows(settings.path(f"data/eval/{name}.jsonl")) for name in registry.SETS}
     for name, rows in sets.items():
         if not rows:
             raise SlmError(f"data/eval/{name}.jsonl: no rows; write the evaluation set before anything else.")
         broken = [f"row {r.id}: {error}" for r in rows if (error := contract.parse(r.answer).error)]
         _refuse(f"data/eval/{name}.jsonl: answers that break the contract", broken)
-    everything = [("raw/seed", r) for r in seed_rows(settings)] + [
-        (f"eval/{n}", r) for n, rows in sets.items() for r in rows
-    ]
+    places = [("raw/seed", r) for r in seed_rows(settings)]
+    places += [(f"eval/{name}", r) for name, rows in sets.items() for r in rows]
     for what, key in (("id", lambda r: r.id), ("text", lambda r: " ".join(r.user.lower().split()))):
         seen: dict[str, str] = {}
         twice = []
-        for place, row in everything:
+        for place, row in places:
+            here = f"{place} row {row.id}"
             if key(row) in seen:
-                twice.append(f"{seen[key(row)]} and {place} row {row.id}")
-            seen[key(row)] = f"{place} row {row.id}"
+                twice.append(f"{seen[key(row)]} and {here}")
+            seen[key(row)] = here
         _refuse(f"the same {what} twice", twice)
     homes: dict[str, str] = {}
-    shared = []
-    for name, rows in sets.items():
-        for row in rows:
-            if row.meta.group and homes.setdefault(row.meta.group, name) != name:
-                shared.append(f"{row.meta.group} in {homes[row.meta.group]} and {name}")
+    shared = [
+        f"{row.meta.group} in {homes[row.meta.group]} and {name}" for name, rows in sets.items() for row in rows
+        if row.meta.group and homes.setdefault(row.meta.group, name) != name
+    ]  # fmt: skip
     _refuse("groups that stand in two evaluation sets", shared)
     return sets
-
-
-def seed_rows(settings) -> list[Row]:
-    """The hand-written seed rows: what majority and the few-shot prompt may learn from."""
-    return read_rows(settings.path(SEED))
 
 
 def take(settings, rows: Sequence[Row]) -> list[Row]:
@@ -65,12 +56,15 @@ def take(settings, rows: Sequence[Row]) -> list[Row]:
 def majority(rows: Sequence[Row], contract: Contract) -> dict:
     """The one output that is most often right: the commonest value of each field, or, where those do not go together,
     the commonest whole answer."""
+
+    def commonest(values: list):
+        texts = Counter(json.dumps(v, ensure_ascii=False) for v in values)
+        return json.loads(texts.most_common(1)[0][0])
+
     values = [contract.parse(row.answer).value for row in rows]
-    names = list(dict.fromkeys(name for value in values for name in value))
-    commonest = {n: _commonest([v.get(n) for v in values]) for n in names}
-    if contract.parse(json.dumps(commonest)).error:
-        return _commonest(values)
-    return commonest
+    names = dict.fromkeys(name for value in values for name in value)
+    mixed = {n: commonest([v.get(n) for v in values]) for n in names}
+    return commonest(values) if contract.parse(json.dumps(mixed)).error else mixed
 
 
 def choose_shots(rows: Sequence[Row], contract: Contract, count: int) -> list[Row]:
@@ -89,8 +83,7 @@ def run_baseline(
     fewshot: Callable, latency: bool = True,
 ) -> Result:  # fmt: skip
     """One baseline on one set. `predict` is the rule program, `fewshot(contract, seed rows)` gives the better prompt's
-    messages. A larger model that is not set, or does not answer, gives a Result with the reason.
-    """
+    messages. A larger model that is not set, or does not answer, gives a Result with the reason."""
     from slm import models
     from slm.models.program import ProgramModel
 
@@ -99,8 +92,12 @@ def run_baseline(
         constant = contract.dump(majority(seeds, contract))
         model = ProgramModel("majority", lambda text: constant, f"majority:{constant}")
     elif name == "rules":
-        model = ProgramModel("rules", lambda text: _dump(predict(text)), f"rules:{_source_hash(predict)}")
-    elif name in ("base", "prompted_base", "larger"):
+        # Not contract.dump: an output that breaks the contract must be scored as one, not raise.
+        dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+        model = ProgramModel("rules", lambda text: dump(predict(text)), f"rules:{_source_hash(predict)}")
+    elif name not in NAMES:
+        raise SlmError(f"--model {name}: there is no such baseline; choose one of {', '.join(NAMES)}.")
+    else:
         if name != "base":  # the larger model gets the better prompt too
             shots = fewshot(contract, choose_shots(seeds, contract, settings.evaluate.fewshot))
         try:
@@ -110,12 +107,9 @@ def run_baseline(
                 raise
             return Result(name=name, set=set, reason=str(error))
         if model is None:
-            return Result(
-                name=name, set=set, reason="neither model.larger_gguf nor model.larger is set in project.yaml"
-            )
+            reason = "neither model.larger_gguf nor model.larger is set in project.yaml"
+            return Result(name=name, set=set, reason=reason)
         endpoint = settings.model.larger if name == "larger" and not settings.model.larger_gguf else None
-    else:
-        raise SlmError(f"--model {name}: there is no such baseline; choose one of {', '.join(NAMES)}.")
     try:
         return evaluate(
             settings, contract, model, rows, set=set, name=name, shots=shots, latency=latency, endpoint=endpoint
@@ -137,9 +131,8 @@ def run_baselines(
         for name in NAMES:
             found = have.get((set, name))
             if found is None or [s.row_id for s in found.scores] != [r.id for r in rows]:
-                found = run_baseline(
-                    settings, contract, name, rows, set, predict=predict, fewshot=fewshot, latency=set == "dev"
-                )
+                how = {"predict": predict, "fewshot": fewshot, "latency": set == "dev"}
+                found = run_baseline(settings, contract, name, rows, set, **how)
             results.append(found)
     return results
 
@@ -159,10 +152,8 @@ def save_baselines(settings, contract: Contract, results: Sequence[Result]) -> P
 
 
 def require_baselines(settings) -> Path:
-    """The newest baselines.json that was measured on today's sets and base model, this run's own first.
-
-    Raises SlmError when 02_baseline was not run, or was run on other sets, another base or another row limit.
-    """
+    """The newest baselines.json that was measured on today's sets and base model, this run's own first. Raises SlmError
+    when 02_baseline was not run, or was run on other sets, another base or another row limit."""
     key = _key(settings)
     folder = settings.path("outputs/eval_reports")
     files = sorted(folder.glob("*/baselines.json"), key=lambda f: (f.parent.name == settings.run_id, f.stat().st_mtime))
@@ -177,13 +168,9 @@ def require_baselines(settings) -> Path:
 def load_baselines(settings, contract: Contract) -> list[Result]:
     """The results of 02_baseline. Raises SlmError when they are missing or belong to another contract."""
     file = require_baselines(settings)
-    record = _read(file)
-    if record["key"].get("contract") != contract.schema_hash:
+    if _read(file)["key"].get("contract") != contract.schema_hash:
         raise SlmError(f"{file}: measured under another contract; run 02_baseline again.")
-    try:
-        return [Result.model_validate(r) for r in record["results"]]
-    except ValidationError as error:
-        raise SlmError(f"{file}: {explain(error)}; run 02_baseline again.") from None
+    return read_results(file, "02_baseline")
 
 
 def _key(settings) -> dict:
@@ -209,16 +196,6 @@ def _refuse(what: str, problems: list[str]) -> None:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise SlmError(f"{what}: {'; '.join(problems[:5])}{more}. Mend the rows, then run 02_baseline again.")
-
-
-def _commonest(values: list):
-    texts = Counter(json.dumps(v, ensure_ascii=False) for v in values)
-    return json.loads(texts.most_common(1)[0][0])
-
-
-def _dump(value: dict) -> str:
-    # Not contract.dump: an output that breaks the contract must be scored as one, not raise.
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _source_hash(predict: Callable) -> str:

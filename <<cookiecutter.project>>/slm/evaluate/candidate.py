@@ -1,23 +1,20 @@
 """The fine-tuned model on the locked sets; every look at the test set is counted."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.baselines import check_sets, take
-from slm.evaluate.metrics import Result, evaluate
-from slm.rows import Row, explain, read_rows, write_json
+from slm.evaluate.metrics import Result, evaluate, read_results
+from slm.rows import Row, read_rows, write_json
 
 NAME = "fine_tuned"
 
 
 def open_sets(settings, contract: Contract) -> dict[str, list[Row]]:
-    """dev, golden and adversarial, checked against their lock; test too, and counted, when `evaluate.final_test` is set."""
+    """dev, golden and adversarial, checked against their lock; with `evaluate.final_test` test too, and counted."""
     registry.check_locked(settings)
     sets = check_sets(settings, contract)
     names = ["dev", "golden", "adversarial"]
@@ -43,10 +40,7 @@ def load_candidate(settings, run_id: str) -> list[Result]:
     file = scores_file(settings, run_id)
     if not file.is_file():
         raise SlmError(f"{file}: run {run_id} has no scores yet; run 06_evaluate first.")
-    try:
-        return [Result.model_validate(r) for r in json.loads(file.read_text(encoding="utf-8"))]
-    except (ValidationError, ValueError) as error:
-        raise SlmError(f"{file}: {explain(error)}; run 06_evaluate again.") from None
+    return read_results(file, "06_evaluate")
 
 
 def scores_file(settings, run_id: str) -> Path:

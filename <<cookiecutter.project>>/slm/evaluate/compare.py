@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from slm.contract import Contract
 from slm.errors import SlmError
@@ -23,6 +23,7 @@ class Comparison(BaseModel):
     fixed: list[str]
     broken: list[str]
 
+    @computed_field
     @property
     def verdict(self) -> str:
         """ "better", "worse" or "no difference shown": by the interval, and only on 30 rows or more."""
@@ -32,12 +33,10 @@ class Comparison(BaseModel):
 
 
 def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Contract, settings) -> Comparison:
-    """Compare two score lists of the same rows, in any order.
-
-    The difference of the primary metric has a paired bootstrap interval (Efron & Tibshirani 1993, ch. 16); exact match
-    has McNemar's exact test (McNemar 1947); `fixed` and `broken` are row ids by exact match.
-    Raises SlmError when the rows, or their expected answers, are not the same.
-    """
+    """Compare two score lists of the same rows, in any order. The difference of the primary metric has a paired
+    bootstrap interval (Efron & Tibshirani 1993, ch. 16); exact match has McNemar's exact test (McNemar 1947); `fixed`
+    and `broken` are row ids by exact match. Raises SlmError when the rows, or their expected answers, are not the
+    same."""
     import numpy as np
     from statsmodels.stats.contingency_tables import mcnemar
 
@@ -47,11 +46,9 @@ def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Cont
         named = ", ".join(sorted(odd)[:3]) or "none, or one id twice"
         raise SlmError(f"a comparison needs the same rows on both sides; not shared: {named}. Run both on one set.")
     a, b = list(candidate), [other[s.row_id] for s in candidate]
-    for one, two in zip(a, b, strict=True):
-        if one.expected != two.expected:
-            raise SlmError(
-                f"row {one.row_id}: its expected answer changed between the two runs; run 02_baseline again."
-            )
+    for x, y in zip(a, b, strict=True):
+        if x.expected != y.expected:
+            raise SlmError(f"row {x.row_id}: its expected answer changed between the two runs; run 02_baseline again.")
     n = len(a)
     stat_a, stat_b = primary_statistic(a, contract), primary_statistic(b, contract)
     whole, draws = np.arange(n)[None], resample(n, settings.evaluate.resamples)
@@ -66,10 +63,8 @@ def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Cont
 
 
 def detectable_difference(n: int, spread: float = 0.4, confidence: float = 0.95, power: float = 0.8) -> float:
-    """The smallest paired difference that n rows show with this power: (z_conf + z_power) * spread / sqrt(n).
-
-    `spread` is the standard deviation of the per-row differences. Source: the sample size of a paired t-test.
-    """
+    """The smallest paired difference that n rows show with this power: (z_conf + z_power) * spread / sqrt(n). `spread`
+    is the standard deviation of the per-row differences. Source: the sample size of a paired t-test."""
     from scipy.stats import norm
 
     return float((norm.ppf((1 + confidence) / 2) + norm.ppf(power)) * spread / max(1, n) ** 0.5)

@@ -1,13 +1,17 @@
 """Many scores become metrics, each with its interval and its n."""
 
+import json
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from slm.contract import Contract
+from slm.errors import SlmError
 from slm.evaluate.scorers import Score, answer_rows, prompt_messages, row_metric
 from slm.registry import file_hash
-from slm.rows import DIFFICULTIES, Row
+from slm.rows import DIFFICULTIES, Row, explain
 
 NO_ANSWER = "(unreadable)"
 COMMON = ("exact_match", "schema_validity", "schema_error_rate", "lenient_schema_validity")
@@ -36,10 +40,8 @@ class Metric(BaseModel):
 
 
 class Result(BaseModel):
-    """One model on one set. `reason` says why it was not run; then there are no scores and no metrics.
-
-    Latency is what a lone caller waits (seconds); tokens_per_second are generated tokens of that lone caller.
-    """
+    """One model on one set. `reason` says why it was not run; then there are no scores and no metrics. Latency is what
+    a lone caller waits (seconds); tokens_per_second are generated tokens of that lone caller."""
 
     model_config = ConfigDict(extra="forbid")
     name: str
@@ -65,25 +67,28 @@ class Result(BaseModel):
         """Whether there is anything to compare."""
         return not self.reason
 
-    @property
-    def failures(self) -> list[Score]:
-        """The rows that are not exactly right."""
-        return [s for s in self.scores if not s.exact]
+
+def read_results(file: Path, stage: str) -> list[Result]:
+    """The results that a file holds. Raises SlmError that names the file and the stage to run again."""
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+        return [Result.model_validate(r) for r in (body["results"] if isinstance(body, dict) else body)]
+    except ValueError as error:
+        raise SlmError(f"{file}: {explain(error)}; run {stage} again.") from None
 
 
 def interval(values: Sequence[float], resamples: int, confidence: float, seed: int = 0) -> Metric:
     """Mean of per-row values in [0, 1]: Wilson's interval for 0/1 values, else the percentile bootstrap over rows.
-
-    Without any spread the bootstrap would claim certainty; Wilson's interval, the wider one, is taken then.
-    Source: Wilson 1927 (statsmodels proportion_confint); Efron 1979.
-    """
+    Without any spread the bootstrap would claim certainty; Wilson's interval, the wider one, is taken then. Source:
+    Wilson 1927 (statsmodels proportion_confint); Efron 1979."""
     import numpy as np
     from statsmodels.stats.proportion import proportion_confint
 
     data = np.asarray(values, dtype=float)
-    n, mean = len(data), float(data.mean()) if len(data) else 0.0
+    n = len(data)
     if n == 0:
         return Metric(value=0.0, low=0.0, high=1.0, n=0)
+    mean = float(data.mean())
     if np.isin(data, (0.0, 1.0)).all() or np.ptp(data) == 0:
         low, high = proportion_confint(mean * n, n, alpha=1 - confidence, method="wilson")
         return Metric(value=mean, low=min(float(low), mean), high=max(float(high), mean), n=n)
@@ -152,23 +157,19 @@ def measure(scores: Sequence[Score], contract: Contract, settings) -> dict[str, 
     """Every metric of the contract's task type, and `field.<name>` for each field, with intervals."""
     import numpy as np
 
-    resamples, confidence = settings.evaluate.resamples, settings.evaluate.confidence
-    found = {}
+    resamples, confidence, n = settings.evaluate.resamples, settings.evaluate.confidence, len(scores)
+    values = {}
     for name in metric_names(contract):
-        if name == "macro_f1":
-            statistic, n = macro_f1_statistic(*labels(scores, contract)), len(scores)
-            value, draws = float(statistic(np.arange(n)[None])[0]), statistic(resample(n, resamples))
-            sure = np.ptp(draws) == 0  # no spread is no certainty, see `interval`
-            found[name] = (
-                interval([value] * n, resamples, confidence) if sure else percentile(value, draws, confidence, n)
-            )
-            continue
-        values = [v for s in scores if (v := row_metric(name)(s, contract)) is not None]
-        if values:
-            found[name] = interval(values, resamples, confidence)
+        values[name] = [v for s in scores if (v := row_metric(name)(s, contract)) is not None]
     for name in dict.fromkeys(n for s in scores for n in s.fields):
-        values = [float(s.fields[name]) for s in scores if name in s.fields]
-        found[f"field.{name}"] = interval(values, resamples, confidence)
+        values[f"field.{name}"] = [float(s.fields[name]) for s in scores if name in s.fields]
+    found = {name: interval(v, resamples, confidence) for name, v in values.items() if v}
+    if "macro_f1" in found:
+        statistic = macro_f1_statistic(*labels(scores, contract))
+        value, draws = float(statistic(np.arange(n)[None])[0]), statistic(resample(n, resamples))
+        found["macro_f1"] = percentile(value, draws, confidence, n)
+        if np.ptp(draws) == 0:  # no spread is no certainty, see `interval`
+            found["macro_f1"] = interval([value] * n, resamples, confidence)
     return found
 
 
@@ -190,22 +191,17 @@ def confusion(scores: Sequence[Score], contract: Contract) -> dict:
         return {}
     want, got = labels(scores, contract)
     names = sorted(set(want) | (set(got) - {NO_ANSWER})) + ([NO_ANSWER] if NO_ANSWER in got else [])
-    place = {name: i for i, name in enumerate(names)}
-    counts = [[0] * len(names) for _ in names]
-    for w, g in zip(want, got, strict=True):
-        counts[place[w]][place[g]] += 1
-    return {"labels": names, "counts": counts}
+    pairs = Counter(zip(want, got, strict=True))
+    return {"labels": names, "counts": [[pairs[w, g] for g in names] for w in names]}
 
 
 def evaluate(
     settings, contract: Contract, model, rows: Sequence[Row], *, set: str, name: str, shots: Sequence[dict] = (),
     latency: bool = False, endpoint=None,
 ) -> Result:  # fmt: skip
-    """Ask, score and measure one model on one set; answers come from the cache where they can.
-
-    `latency=True` also times `evaluate.latency_requests` lone requests, uncached. `endpoint` holds the prices of a
-    hosted model; without it a request costs its share of the machine's hourly rate.
-    """
+    """Ask, score and measure one model on one set; answers come from the cache where they can. `latency=True` also
+    times `evaluate.latency_requests` lone requests, uncached. `endpoint` holds the prices of a hosted model; without it
+    a request costs its share of the machine's hourly rate."""
     from slm.models import Prompt, alone, cached
 
     scores = answer_rows(cached(model, settings), rows, contract, settings.evaluate.max_new_tokens, shots)
@@ -214,8 +210,8 @@ def evaluate(
         name=name, set=set, model=model.name, fingerprint=model.fingerprint, contract_hash=contract.schema_hash,
         set_hash=file_hash(file) if file.is_file() else "", metrics=measure(scores, contract, settings),
         slices=by_slice(scores, rows, settings), confusion=confusion(scores, contract), scores=scores,
-        prompt_tokens=_mean(s.prompt_tokens for s in scores),
-        completion_tokens=_mean(s.completion_tokens for s in scores),
+        prompt_tokens=sum(s.prompt_tokens for s in scores) / max(1, len(scores)),
+        completion_tokens=sum(s.completion_tokens for s in scores) / max(1, len(scores)),
     )  # fmt: skip
     if latency:
         import numpy as np
@@ -232,7 +228,7 @@ def evaluate(
 
 
 def cost_per_1k(settings, result: Result, endpoint=None) -> float:
-    """Money per 1,000 requests: tokens at the endpoint's price, or the median wait at the machine's hourly rate + hosting."""
+    """Money per 1,000 requests: tokens at the endpoint's price, or the median wait at the hourly rate, plus hosting."""
     rates = settings.cost
     if endpoint is not None:
         flat = rates.larger_price_per_1m_tokens
@@ -240,8 +236,3 @@ def cost_per_1k(settings, result: Result, endpoint=None) -> float:
         return 1000 * (result.prompt_tokens * price_in + result.completion_tokens * price_out) / 1e6
     hosting = rates.hosting_per_month / max(1, settings.task.requests_per_month)
     return 1000 * (result.latency_p50_s / 3600 * rates.gpu_hourly_rate + hosting)
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0

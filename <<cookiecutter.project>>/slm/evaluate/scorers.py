@@ -11,11 +11,9 @@ from slm.rows import Row
 
 
 class Score(BaseModel):
-    """The judgement of one answer. `parsed` and `lenient_parsed` are contract-valid values or None.
-
-    `stage` is where strict reading failed ("json", "schema" or None); `value` is the row's share of the primary metric,
-    0 to 1; `required` are the arguments that the contract demands of this row's expected output.
-    """
+    """The judgement of one answer. `parsed` and `lenient_parsed` are contract-valid values or None. `stage` is where
+    strict reading failed ("json", "schema" or None); `value` is the row's share of the primary metric, 0 to 1;
+    `required` are the arguments that the contract demands of this row's expected output."""
 
     model_config = ConfigDict(extra="forbid")
     row_id: str
@@ -28,7 +26,6 @@ class Score(BaseModel):
     exact: bool
     critical_ok: bool
     required: list[str] = []
-    causes: list[str] = []
     explanation: str = ""
     latency_s: float = 0.0
     prompt_tokens: int = 0
@@ -48,13 +45,12 @@ def score_row(contract: Contract, row: Row, answer) -> Score:
     names = list(dict.fromkeys([*want, *got]))
     # A field left out and a field that is null say the same.
     fields = {n: parsed is not None and want.get(n) == got.get(n) for n in names}
-    critical = [n for n in names if any(n == c or n.startswith(f"{c}.") for c in contract.critical)]
     wrong = [f"{n}: expected {want.get(n)!r}, got {got.get(n)!r}" for n, right in fields.items() if not right]
     score = Score(
         row_id=row.id, value=0.0, fields=fields, parsed=parsed,
         lenient_parsed=None if lenient.error else lenient.value, expected=gold.value, stage=strict.stage,
         exact=parsed is not None and all(fields.values()),
-        critical_ok=parsed is not None and all(fields[n] for n in critical),
+        critical_ok=parsed is not None and all(_critical_fields(fields, contract)),
         required=_required(contract, gold.value), explanation=strict.error or "; ".join(wrong),
         latency_s=answer.latency_s, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens,
         finish_reason=answer.finish_reason, text=answer.text,
@@ -63,13 +59,8 @@ def score_row(contract: Contract, row: Row, answer) -> Score:
     return score
 
 
-def answer_rows(
-    model, rows: Sequence[Row], contract: Contract, max_tokens: int, shots: Sequence[dict] = ()
-) -> list[Score]:
-    """Ask `model` every row and judge the answers, in order.
-
-    `shots` are the messages of a better prompt (its system message, examples); the row's own turns follow them.
-    """
+def answer_rows(model, rows: Sequence[Row], contract: Contract, max_tokens: int, shots: Sequence[dict] = ()):
+    """Ask `model` every row and judge the answers: the Scores, in order. `shots`: the messages of a better prompt."""
     from slm.models import Prompt
 
     prompts = [Prompt(prompt_messages(contract, row, shots), max_tokens) for row in rows]
@@ -77,23 +68,16 @@ def answer_rows(
 
 
 def prompt_messages(contract: Contract, row: Row, shots: Sequence[dict] = ()) -> list[dict]:
-    """The messages a model sees for a row: the contract's system prompt, or `shots`, then the row without its answer."""
+    """What a model sees for a row: the contract's system prompt (or that of `shots`), `shots`, the row's own turns."""
     system, *turns = contract.messages(row)[:-1]
-    if not shots:
-        return [system, *turns]
-    return [*([] if shots[0]["role"] == "system" else [system]), *shots, *turns]
+    return [*([] if shots and shots[0]["role"] == "system" else [system]), *shots, *turns]
 
 
 def _required(contract: Contract, value: dict) -> list[str]:
     """The nested fields without which the expected output breaks the contract."""
-    names = []
-    for key, part in value.items():
-        if isinstance(part, dict):
-            for name in part:
-                less = {**value, key: {k: v for k, v in part.items() if k != name}}
-                if contract.parse(json.dumps(less)).error:
-                    names.append(f"{key}.{name}")
-    return names
+    parts = [(key, part, name) for key, part in value.items() if isinstance(part, dict) for name in part]
+    less = {f"{key}.{name}": {**value, key: {k: v for k, v in part.items() if k != name}} for key, part, name in parts}
+    return [name for name, rest in less.items() if contract.parse(json.dumps(rest)).error]
 
 
 # One row's share of each metric: 0 to 1, or None where the row says nothing about it.
@@ -103,8 +87,12 @@ def _field_f1(score: Score, contract: Contract) -> float:
     return sum(score.fields.values()) / len(score.fields) if score.parsed is not None and score.fields else 0.0
 
 
+def _critical_fields(fields: dict[str, bool], contract: Contract) -> list[bool]:
+    return [ok for n, ok in fields.items() if any(n == c or n.startswith(f"{c}.") for c in contract.critical)]
+
+
 def _critical(score: Score, contract: Contract) -> float | None:
-    hits = [ok for n, ok in score.fields.items() if any(n == c or n.startswith(f"{c}.") for c in contract.critical)]
+    hits = _critical_fields(score.fields, contract)
     return sum(hits) / len(hits) if hits else None
 
 
@@ -137,15 +125,17 @@ def _unsafe(score: Score, contract: Contract) -> float:
 
 
 def _false_positive(score: Score, contract: Contract) -> float | None:
-    if contract.null_label is None or contract.label(score.expected) != contract.null_label:
+    null = contract.null_label
+    if null is None or contract.label(score.expected) != null:
         return None
-    return float(contract.label(score.lenient_parsed) not in (None, contract.null_label))
+    return float(contract.label(score.lenient_parsed) not in (None, null))
 
 
 def _false_negative(score: Score, contract: Contract) -> float | None:
-    if contract.null_label is None or contract.label(score.expected) == contract.null_label:
+    null = contract.null_label
+    if null is None or contract.label(score.expected) == null:
         return None
-    return float(contract.label(score.parsed) in (None, contract.null_label))
+    return float(contract.label(score.parsed) in (None, null))
 
 
 ROW_METRICS: dict[str, Callable[[Score, Contract], float | None]] = {

@@ -7,7 +7,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slm.errors import SlmError
@@ -24,7 +24,7 @@ SEEDS = 4  # seed rows shown to the teacher per call
 class Generated:
     """What a run of 03 brought: the batch file (None when nothing was missing), its rows and its bookkeeping."""
 
-    batch: Path | None
+    batch: Path | None = None
     rows: list[Row] = field(default_factory=list)
     calls: int = 0
     reused: int = 0
@@ -52,42 +52,37 @@ def generate(
     settings, contract, generation_prompt: Callable, requests: list[Request] | None = None, limit: int = 0
 ) -> Generated:
     """Ask the teacher for what is missing and append it to the next data/generated/batch_NNN.jsonl.
-
-    `generation_prompt(contract, request, seed_rows)` gives the text of one call. `requests` replace the grid
-    (repair work). `limit`: rows of this run at most, 0 for no limit. Raises SlmError when the teacher cannot be used.
-    """
+    `generation_prompt(contract, request, seed_rows)` gives the text of one call. `requests` replace the grid (repair
+    work). `limit`: rows of this run at most, 0 for no limit. Raises SlmError when the teacher cannot be used."""
     if settings.generate.teacher == "recorded":
         return _recorded(settings, limit or settings.generate.limit)
+    from tqdm.auto import tqdm
+
+    from slm.models.openai_api import run
+
     batch = _Batch(settings)
-    store = Store(settings.path(".cache/teacher.sqlite"))
+    result, store = batch.result, Store(settings.path(".cache/teacher.sqlite"))
     teacher = Teacher(settings, store)
-    before = teacher.budget.spent
-    seeds = seed_rows(settings)
-    labels = set(label_values(contract))
+    before = teacher.spent
+    seeds, labels = seed_rows(settings), set(label_values(contract))
 
     def label(answer: str) -> str | None:
         value = contract.label(contract.parse(answer, lenient=True).value)
         return value if value in labels else None
 
     def take(reply: Reply) -> None:
-        facts = reply.job.facts
-        rows, unread = rows_from(reply.text, facts["meta"], label)
-        batch.add(rows, unread)
+        batch.add(*rows_from(reply.text, reply.job.facts["meta"], label))
         store.use(reply.job.key)
-        batch.reused += reply.cached
-
-    from tqdm.auto import tqdm
-
-    from slm.models.openai_api import run
+        result.reused += reply.cached
 
     for reply in store.unused():
         take(reply)
     for turn in range(ROUNDS):
         missing = plan(settings, contract, requests)
-        jobs = _jobs(settings, contract, teacher, generation_prompt, seeds, missing, limit and limit - len(batch.rows))
-        if not jobs or (limit and len(batch.rows) >= limit) or teacher.stopped:
+        jobs = _jobs(settings, contract, teacher, generation_prompt, seeds, missing, limit and limit - len(result.rows))
+        if not jobs or (limit and len(result.rows) >= limit) or teacher.stopped:
             break
-        known, ask = batch.known | {row.id for row in batch.rows}, []
+        known, ask = set(batch.known), []
         for job in jobs:
             kept = [Reply(job, *r, cached=True) for r in store.get(job.key)]
             new = [r for r in kept if any(x.id not in known for x in rows_from(r.text, job.facts["meta"])[0])]
@@ -102,8 +97,9 @@ def generate(
                 bar.update(reply.job.facts["rows"])
 
             run(teacher.ask_all(ask, on_reply))
-    failed = sum(bool(f) for f in teacher.failures)
-    return batch.done(teacher.calls, failed, teacher.budget.spent - before, teacher.stopped)
+    result.calls, result.failed = teacher.calls, sum(map(bool, teacher.failures))
+    result.money, result.stopped = teacher.spent - before, teacher.stopped
+    return result
 
 
 def save_prompts(settings, prompts: dict[str, str]) -> list[str]:
@@ -118,31 +114,25 @@ class _Batch:
     """The batch file of this run, made at its first row, and the sidecar of what could not be read."""
 
     def __init__(self, settings):
-        self.folder = settings.path("data/generated")
-        self.known = {r.get("id") for f in batches(settings) for r in _records(f)}
-        numbers = [int(m[1]) for f in batches(settings) if (m := re.fullmatch(r"batch_(\d+)", f.stem))]
-        self.path = self.folder / f"batch_{max(numbers, default=0) + 1:03d}.jsonl"
-        self.rows: list[Row] = []
-        self.unread: list[tuple[str, str]] = []
-        self.reused = 0
+        files = batches(settings)
+        self.known = {r.get("id") for f in files for r in _records(f)}
+        numbers = [int(m[1]) for f in files if (m := re.fullmatch(r"batch_(\d+)", f.stem))]
+        self.path = settings.path(f"data/generated/batch_{max(numbers, default=0) + 1:03d}.jsonl")
+        self.result = Generated()
 
-    def add(self, rows: list[Row], unread: list[tuple[str, str]] = ()) -> None:
-        """Append rows that are not held yet, and note the unread text."""
-        fresh = {r.id: self._named(r) for r in rows if r.id not in self.known}
+    def add(self, rows: list[Row], unread: list[tuple[str, str]] = (), **facts) -> None:
+        """Append rows that are not held yet, with `facts` in their provenance, and note the unread text."""
+        facts |= {"batch": self.path.stem}
+        fresh = {
+            r.id: r.model_copy(update={"meta": r.meta.model_copy(update={"provenance": {**r.meta.provenance, **facts}})})
+            for r in rows if r.id not in self.known
+        }  # fmt: skip
         self.known |= fresh.keys()
-        self.rows += fresh.values()
-        self.unread += unread
+        self.result.rows += fresh.values()
+        self.result.unread += unread
+        self.result.batch = self.path if self.result.rows or self.result.unread else None
         _append(self.path, [r.model_dump(exclude_none=True) for r in fresh.values()])
         _append(self.path.with_suffix(".unread.txt"), [{"reason": why, "text": text} for why, text in unread])
-
-    def _named(self, row: Row) -> Row:
-        provenance = {**row.meta.provenance, "batch": self.path.stem}
-        return row.model_copy(update={"meta": row.meta.model_copy(update={"provenance": provenance})})
-
-    def done(self, calls=0, failed=0, money=0.0, stopped="") -> Generated:
-        """The result of the run."""
-        path = self.path if self.rows or self.unread else None
-        return Generated(path, self.rows, calls, self.reused, self.unread, failed, money, stopped)
 
 
 def _append(path: Path, records: list[dict]) -> None:
@@ -156,7 +146,8 @@ def _append(path: Path, records: list[dict]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise SlmError(f"{path}: cannot write ({error.strerror}). Free some space and run 03 again; nothing is lost.") from None
+        problem = f"cannot write ({error.strerror}). Free some space and run 03 again; nothing is lost."
+        raise SlmError(f"{path}: {problem}") from None
 
 
 def _recorded(settings, limit: int) -> Generated:
@@ -168,11 +159,8 @@ def _recorded(settings, limit: int) -> Generated:
     if limit and len(rows) > limit:
         rows = _spread(rows, limit)
     new = [row for row in rows if row.id not in batch.known][: max(0, limit - held) if limit else None]
-    marked = {"teacher": "recorded", "prompt": "recorded"}
-    batch.add([
-        r.model_copy(update={"meta": r.meta.model_copy(update={"provenance": {**r.meta.provenance, **marked}})}) for r in new
-    ])  # fmt: skip
-    return batch.done()
+    batch.add(new, teacher="recorded", prompt="recorded")
+    return batch.result
 
 
 def _spread(rows: list[Row], limit: int) -> list[Row]:
@@ -194,15 +182,15 @@ def _jobs(settings, contract, teacher, generation_prompt, seeds, missing, limit)
         while rows > 0:
             n = min(rows, settings.generate.batch_rows)
             chosen = _choose(seeds, request, part)
-            prompt = generation_prompt(contract, Request(**{**asdict(request), "rows": n}), chosen)
+            prompt = generation_prompt(contract, replace(request, rows=n), chosen)
             provenance = {
                 "teacher": settings.generate.endpoint.model, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12],
                 "request": request.id, "parents": [row.id for row in chosen],
             }  # fmt: skip
             if request.cluster:
                 provenance["cluster"] = request.cluster
-            meta = {"category": request.category, "kind": request.kind, "difficulty": request.difficulty}
-            meta |= {"source": "teacher", "provenance": provenance}
+            meta = {"category": request.category, "kind": request.kind, "difficulty": request.difficulty,
+                    "source": "teacher", "provenance": provenance}  # fmt: skip
             limit_tokens = 200 + n * settings.generate.tokens_per_row
             jobs.append(Job(teacher.key(prompt, part), prompt, limit_tokens, {"meta": meta, "rows": n}))
             part, rows = part + 1, rows - n

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from slm.errors import SlmError
@@ -53,20 +53,18 @@ def label_values(contract) -> list[str]:
     """The values of the contract's label field in schema order; ["all"] where the contract has no label field."""
     if contract.label_field is None:
         return ["all"]
-    definitions, found = contract.schema.get("$defs", {}), []
+    definitions, field = contract.schema.get("$defs", {}), contract.label_field
 
-    def walk(node: dict, inside: bool) -> None:
-        if "$ref" in node:
-            node = {**definitions[node["$ref"].rsplit("/", 1)[-1]], **{k: v for k, v in node.items() if k != "$ref"}}
-        if inside:
-            found.extend(node.get("enum", [node["const"]] if "const" in node else []))
+    def walk(node: dict, inside: bool) -> list:
+        node = {**definitions.get(node.get("$ref", "").rsplit("/", 1)[-1], {}), **node}
+        found = list(node.get("enum", [node["const"]] if "const" in node else [])) if inside else []
         for part in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
-            walk(part, inside)
-        if not inside and contract.label_field in node.get("properties", {}):
-            walk(node["properties"][contract.label_field], True)
+            found += walk(part, inside)
+        if not inside and field in node.get("properties", {}):
+            found += walk(node["properties"][field], True)
+        return found
 
-    walk(contract.schema, False)
-    values = [value for value in dict.fromkeys(found) if isinstance(value, str)]
+    values = [value for value in dict.fromkeys(walk(contract.schema, False)) if isinstance(value, str)]
     if not values:
         raise SlmError(f"task/contract.py: label_field {contract.label_field!r} has no fixed values in the schema.")
     return values
@@ -88,12 +86,11 @@ def quotas(settings, contract) -> dict[tuple[str, str, str], int]:
 
 
 def held(settings) -> list[dict]:
-    """The rows (as dictionaries) of data/accepted and data/generated, each id once.
-
-    Rejected rows do not count, for they must be asked for again; seed rows do not either.
-    """
+    """The rows (as dictionaries) of data/accepted and data/generated, each id once. Rejected rows do not count, for
+    they must be asked for again; seed rows do not either."""
     files = [settings.path("data/accepted/all.jsonl"), *batches(settings)]
-    out = {(r.get("row") or {}).get("id") for f in _files(settings, "data/rejected") for r in _records(f)}
+    rejected = settings.path("data/rejected").glob("*.jsonl")
+    out = {(r.get("row") or {}).get("id") for file in rejected for r in _records(file)}
     out |= {r.get("id") for r in _records(settings.path("data/raw/seed.jsonl"))}
     rows: dict[str, dict] = {}
     for file in files:
@@ -104,7 +101,7 @@ def held(settings) -> list[dict]:
 
 
 def plan(settings, contract, requests: list[Request] | None = None) -> list[Request]:
-    """What is still missing, cell by cell. `requests` (repair work) replace the grid; each is reduced by what it has."""
+    """What is still missing, cell by cell. `requests` (repair work) replace the grid, each less what it has."""
     rows = held(settings)
     if requests is not None:
         have = Counter(r["meta"].get("provenance", {}).get("request") for r in rows)
@@ -112,7 +109,7 @@ def plan(settings, contract, requests: list[Request] | None = None) -> list[Requ
     else:
         have = Counter(map(_cell, rows))
         wanted = [(Request(*cell, n), n - have[cell]) for cell, n in quotas(settings, contract).items()]
-    return [Request(**{**asdict(request), "rows": n}) for request, n in wanted if n > 0]
+    return [replace(request, rows=n) for request, n in wanted if n > 0]
 
 
 def grid(settings, contract, by: str = "category"):
@@ -136,11 +133,7 @@ def seed_rows(settings) -> list[Row]:
 
 def batches(settings) -> list[Path]:
     """The batch files of data/generated, in order."""
-    return _files(settings, "data/generated")
-
-
-def _files(settings, folder: str) -> list[Path]:
-    return sorted(settings.path(folder).glob("*.jsonl"))
+    return sorted(settings.path("data/generated").glob("*.jsonl"))
 
 
 def _cell(row: dict) -> tuple:

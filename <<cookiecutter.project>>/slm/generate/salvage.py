@@ -31,10 +31,8 @@ def objects(text: str) -> tuple[list[dict], list[tuple[str, str]]]:
 
 
 def rows_from(text: str, meta: dict, label=lambda answer: None) -> tuple[list[Row], list[tuple[str, str]]]:
-    """The rows of a teacher's answer and what could not be read.
-
-    `meta` fills what a line does not say; `label(answer_text)` names the category of an answer, or None.
-    """
+    """The rows of a teacher's answer and what could not be read. `meta` fills what a line does not say;
+    `label(answer_text)` names the category of an answer, or None."""
     records, unread = objects(text)
     rows = []
     for record in records:

@@ -35,25 +35,6 @@ class Reply:
     cached: bool = False
 
 
-class Budget:
-    """Money is reserved at the worst case before a call and settled after it, so the limit is never passed."""
-
-    def __init__(self, limit: float, spent: float):
-        self.limit, self.spent, self.reserved = limit, spent, 0.0
-
-    def reserve(self, money: float) -> bool:
-        """Whether `money` more still fits; if so it is set aside."""
-        if self.spent + self.reserved + money > self.limit + 1e-12:
-            return False
-        self.reserved += money
-        return True
-
-    def settle(self, reserved: float, actual: float) -> None:
-        """Give a reservation back and count what the call really cost."""
-        self.reserved -= reserved
-        self.spent += actual
-
-
 class Store:
     """Replies on disk. `used` turns true once the rows of a reply stand in a batch file."""
 
@@ -95,7 +76,8 @@ class Teacher:
         if "api.openai.com" in end.url and not os.environ.get(end.api_key_env):
             raise SlmError(f"{end.url}: the environment variable {end.api_key_env} is not set; export your key first.")
         self.settings, self.end, self.store = settings, end, store
-        self.budget = Budget(settings.generate.budget_usd, cost.spent(settings, "teacher_generation_cost"))
+        # Money is reserved at the worst case before a call and settled after it, so the budget is never passed.
+        self.spent, self.reserved = cost.spent(settings, "teacher_generation_cost"), 0.0
         self.stopped, self.failures, self.calls = "", [], 0
 
     def key(self, prompt: str, part: int) -> str:
@@ -104,10 +86,8 @@ class Teacher:
         return hashlib.sha256(body.encode()).hexdigest()[:24]
 
     async def ask_all(self, jobs: list[Job], on_reply: Callable[[Reply], None]) -> None:
-        """Answer the jobs, `concurrency` at a time; `on_reply` runs once per reply, never twice at a time.
-
-        Stops early (see `stopped`) when the budget would be passed or three calls in a row fail for good.
-        """
+        """Answer the jobs, `concurrency` at a time; `on_reply` runs once per reply, never twice at a time. Stops early
+        (see `stopped`) when the budget would be passed or three calls in a row fail for good."""
         import openai
 
         queue = list(reversed(jobs))
@@ -130,35 +110,33 @@ class Teacher:
             except* SlmError as errors:
                 raise errors.exceptions[0] from None
 
-    def _worst(self, job: Job) -> float:
-        # No tokenizer makes more tokens than the text has bytes; 64 for the chat template.
-        return self._money(len(job.prompt.encode()) + 64, job.max_tokens)
-
     def _money(self, tokens_in: int, tokens_out: int) -> float:
         return cost.token_money(tokens_in, tokens_out, self.end.usd_per_1m_input, self.end.usd_per_1m_output)
 
-    def _book(self, job: Job, reserved: float, tokens_in: int, tokens_out: int, **facts) -> None:
+    def _book(self, tokens_in: int, tokens_out: int, **facts) -> None:
         money = self._money(tokens_in, tokens_out)
-        self.budget.settle(reserved, money)
+        self.spent += money
         facts = {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": self.end.model, **facts}
         cost.add(self.settings, "teacher_generation_cost", money, **facts)
 
     async def _ask(self, client, job: Job) -> Reply | None:
         import openai
 
+        # No tokenizer makes more tokens than the text has bytes; 64 for the chat template.
+        most, limit = len(job.prompt.encode()) + 64, self.settings.generate.budget_usd
+        worst = self._money(most, job.max_tokens)
         problem, wait = "", 0.0
         for attempt in range(self.end.retries + 1):
             if attempt:
                 await asyncio.sleep(wait)
-            worst = self._worst(job)
-            while not self.stopped and not (fits := self.budget.reserve(worst)) and self.budget.reserved > 1e-12:
+            while not self.stopped and self.spent + self.reserved + worst > limit + 1e-12 and self.reserved > 1e-12:
                 await asyncio.sleep(0.02)  # calls in flight mostly cost less than they reserved
+            if not self.stopped and self.spent + self.reserved + worst > limit + 1e-12:
+                spent = f"{self.spent:.4f} of {limit:.2f} spent"
+                self.stopped = f"budget: {spent}, the next call could pass generate.budget_usd"
             if self.stopped:
                 return None
-            if not fits:
-                spent = f"{self.budget.spent:.4f} of {self.budget.limit:.2f}"
-                self.stopped = self.stopped or f"budget: {spent} spent, the next call could pass generate.budget_usd"
-                return None
+            self.reserved += worst
             wait = min(60.0, BACKOFF_S * 2**attempt) * (0.5 + random.random())
             self.calls += 1
             try:
@@ -168,36 +146,29 @@ class Teacher:
                 )  # fmt: skip
             except openai.APITimeoutError:
                 # The provider may have charged for it: count the worst case.
-                self._book(job, worst, len(job.prompt.encode()) + 64, job.max_tokens, note="timed out, counted in full")
+                self._book(most, job.max_tokens, note="timed out, counted in full")
                 problem = f"no answer within {self.end.timeout_s:g} s"
-                continue
             except openai.APIStatusError as error:
-                self.budget.settle(worst, 0.0)
                 problem = f"HTTP {error.status_code}"
                 if error.status_code != 429 and error.status_code < 500:
                     hint = f"check url, model and {self.end.api_key_env}"
                     raise SlmError(f"{self.end.url} ({self.end.model}): {problem}; {hint}.") from None
                 wait = _retry_after(error.response.headers.get("retry-after"), wait)
-                continue
             except openai.APIConnectionError as error:
-                self.budget.settle(worst, 0.0)
                 problem = f"no connection ({error.__cause__ or error})"
-                continue
             except ValueError:
-                self.budget.settle(worst, 0.0)
                 problem = "a reply that is not JSON"
-                continue
-            if isinstance(out, str) or not out.choices:
-                self.budget.settle(worst, 0.0)
+            else:
+                if not isinstance(out, str) and out.choices:
+                    text, finish = out.choices[0].message.content or "", out.choices[0].finish_reason or "stop"
+                    self.store.put(job, text, finish)
+                    guess = (len(job.prompt) // 3, len(text) // 3)
+                    self._book(*((out.usage.prompt_tokens, out.usage.completion_tokens) if out.usage else guess))
+                    self.failures.append("")
+                    return Reply(job, text, finish)
                 problem = "a reply without choices; is the url the one that ends in /v1?"
-                continue
-            text, finish = out.choices[0].message.content or "", out.choices[0].finish_reason or "stop"
-            self.store.put(job, text, finish)
-            usage = out.usage
-            tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (len(job.prompt) // 3, len(text) // 3)
-            self._book(job, worst, *tokens)
-            self.failures.append("")
-            return Reply(job, text, finish)
+            finally:
+                self.reserved -= worst
         self.failures.append(problem)
         if len(self.failures) >= 3 and all(self.failures[-3:]):
             self.stopped = self.stopped or f"endpoint {self.end.url}: {problem}, three calls in a row"

@@ -15,10 +15,8 @@ ORDER = ("base", "prompted_base", "fine_tuned", "larger")
 
 def write(settings, contract: Contract, run_id: str, export: dict | None = None) -> Path:
     """Render the card of a run into its report folder and to the root's model_card.md; returns the root's path.
-
-    `export` is outputs/gguf/<run_id>/export.json as 08 writes it (files, chosen, verdict, runtime).
-    Without it the card says that nothing was exported. Raises SlmError when 06 was not run, or the metadata is invalid.
-    """
+    `export` is outputs/gguf/<run_id>/export.json as 08 writes it (files, chosen, verdict, runtime). Without it the card
+    says that nothing was exported. Raises SlmError when 06 was not run, or the metadata is invalid."""
     text = render(settings, contract, load_report(settings, run_id), export)
     write_text(settings.path(f"outputs/eval_reports/{run_id}/model_card.md"), text)
     return write_text(settings.path("model_card.md"), text)
@@ -26,56 +24,54 @@ def write(settings, contract: Contract, run_id: str, export: dict | None = None)
 
 def render(settings, contract: Contract, report: dict, export: dict | None = None) -> str:
     """The card's text, front matter first. Raises SlmError when Hugging Face would not read the metadata back."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    run_id = report["run_id"]
+    run_id, base = report["run_id"], settings.model.base
     train = registry.latest(settings, "runs", stage="train", status="completed", run_id=run_id)
+    languages = report["results"][report["headline_set"]]["fine_tuned"]["slices"].get("language", {})
+    on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     data = ModelCardData(
-        model_name=model_name(settings, run_id), license=settings.model.license.lower(), pipeline_tag="text-generation",
-        language=_languages(report), base_model=_hub_id(settings.model.base),
+        model_name=f"{settings.project.name}-{run_id}", license=settings.model.license.lower(),
+        pipeline_tag="text-generation", language=[n for n in languages if len(n) == 2 and n.isalpha()] or ["en"],
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct" if base == "embedded" else base if on_hub else None,
         library_name="peft" if train is None or train["method"] != "full" else "transformers",
         tags=[contract.task_type.replace("_", "-"), "fine-tuned", *(["gguf"] if export else [])],
-        eval_results=_eval_results(contract, report),
+        eval_results=[
+            EvalResult(
+                task_type="text-generation", dataset_split=set, dataset_revision=report["sets"][set]["hash"][:12],
+                dataset_type=f"{contract.name}-{set}", dataset_name=f"{contract.name} {set}", metric_type=name,
+                metric_name=name, metric_value=round(found["fine_tuned"]["metrics"][name]["value"], 4),
+            )
+            for set, found in report["results"].items() for name in _shown(contract)
+        ],
     )  # fmt: skip
     text = f"---\n{data.to_yaml()}\n---\n\n{_body(settings, contract, report, train, export)}"
     try:
-        read = ModelCard(text).data
-        back = {(r.dataset_name, r.metric_type): r.metric_value for r in read.eval_results}
+        back = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(text).data.eval_results}
     except Exception as error:  # the library raises KeyError, ValueError and YAML errors alike
-        raise SlmError(
-            f"model_card.md: its metadata cannot be read back ({error}); check model.license and base."
-        ) from None
+        hint = "check model.license and base"
+        raise SlmError(f"model_card.md: its metadata cannot be read back ({error}); {hint}.") from None
     if back != {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}:
         raise SlmError("model_card.md: its results do not survive Hugging Face's reader; report this as a bug.")
     return text
 
 
-def model_name(settings, run_id: str) -> str:
-    """<project>-<run id>."""
-    return f"{settings.project.name}-{run_id}"
-
-
-def _eval_results(contract: Contract, report: dict) -> list:
-    from huggingface_hub import EvalResult
-
-    wanted = (contract.primary_metric, "exact_match", "schema_validity")
-    return [
-        EvalResult(
-            task_type="text-generation", dataset_type=f"{contract.name}-{set}", dataset_name=f"{contract.name} {set}",
-            dataset_split=set, dataset_revision=report["sets"][set]["hash"][:12], metric_type=name, metric_name=name,
-            metric_value=round(found["fine_tuned"]["metrics"][name]["value"], 4),
-        )
-        for set, found in report["results"].items() for name in dict.fromkeys(wanted)
-    ]  # fmt: skip
+def _shown(contract: Contract) -> list[str]:
+    return list(dict.fromkeys((contract.primary_metric, "exact_match", "schema_validity")))
 
 
 def _body(settings, contract: Contract, report: dict, train: dict | None, export: dict | None) -> str:
-    brief, run_id = contract.brief, report["run_id"]
+    brief, run_id = {key: text.strip() for key, text in contract.brief.items()}, report["run_id"]
     version = report["dataset_version"]
     dataset = registry.latest(settings, "datasets", version=version) if version else None
+    runs = [
+        {"when": r["at"][:16], "run": r["run_id"], "stage": r["stage"],
+         "result": r.get("verdict") or r.get("status", "")}
+        for r in registry.read(settings, "runs") if r.get("stage") in ("train", "evaluate")
+    ][-12:]  # fmt: skip
     open_gates = [g for g in failures(check(settings, run_id)) if g.name != "model_card_written"]
     state = "all gates passed" if not open_gates else "; ".join(f"{g.rule} ({g.status})" for g in open_gates)
-    return f"""# Model Card: {model_name(settings, run_id)}
+    return f"""# Model Card: {settings.project.name}-{run_id}
 
 {report["verdict"]}
 
@@ -91,17 +87,17 @@ Open release gates: {state}.
 
 ## Task
 
-{_said(brief, "goal", f"{contract.name}, a {contract.task_type.replace('_', ' ')} task.")}
+{brief.get("goal") or f"{contract.name}, a {contract.task_type.replace('_', ' ')} task."}
 
 The answer is one JSON value under the schema in `specs/output_schema.json` (contract {contract.schema_hash}). System prompt: "{contract.system_prompt}"
 
 ## Intended Use
 
-{_said(brief, "inputs", "Inputs of the kind in data/eval/dev.jsonl.")}
+{brief.get("inputs") or "Inputs of the kind in data/eval/dev.jsonl."}
 
 ## Non-Goals
 
-{_said(brief, "non_goals", "Anything outside the contract above.")}
+{brief.get("non_goals") or "Anything outside the contract above."}
 
 ## Dataset
 
@@ -122,7 +118,9 @@ Brackets hold the {settings.evaluate.confidence:.0%} interval. All models answer
 {_limitations(contract, report)}
 ## Change Log
 
-{_changes(settings, run_id)}
+This card is of run `{run_id}`. The last runs of the project:
+
+{tables.markdown(runs)}
 """
 
 
@@ -140,13 +138,9 @@ def _base(settings) -> str:
 def _method(train: dict | None) -> str:
     if train is None:
         return "No completed training is recorded for this run: the scores are those of the model as it was given."
-    r, m = train["recipe"], train["metrics"]
-    what = METHODS[train["method"]]
-    size = (
-        ""
-        if train["method"] == "full"
-        else f", rank {r['lora_rank']}, alpha {r['lora_alpha']}, dropout {r['lora_dropout']}"
-    )
+    r, m, what, size = train["recipe"], train["metrics"], METHODS[train["method"]], ""
+    if train["method"] != "full":
+        size = f", rank {r['lora_rank']}, alpha {r['lora_alpha']}, dropout {r['lora_dropout']}"
     return (
         f"{what} with {train['trainer']}{size}; learning rate {r['learning_rate']:g}, {m['steps']} steps "
         f"({m['epochs']:g} epochs), loss on the answer only. Dev loss {m['dev_loss_first']:.3f} before, "
@@ -157,9 +151,8 @@ def _method(train: dict | None) -> str:
 
 def _dataset(record: dict | None, version: str | None) -> str:
     if record is None:
-        return (
-            f"- Training dataset version: {version or 'not recorded'}; its record is not in registry/datasets.jsonl.\n"
-        )
+        known = version or "not recorded"
+        return f"- Training dataset version: {known}; its record is not in registry/datasets.jsonl.\n"
     by_source = record["counts"].get("source", {})
     mix = ", ".join(f"{n} {100 * c / max(1, record['rows']):.0f}%" for n, c in by_source.items()) or "not counted"
     split = record["split"]
@@ -175,7 +168,7 @@ def _dataset(record: dict | None, version: str | None) -> str:
 def _evaluation(contract: Contract, report: dict) -> str:
     lines = []
     for set, found in report["results"].items():
-        for name in dict.fromkeys((contract.primary_metric, "exact_match", "schema_validity")):
+        for name in _shown(contract):
             cells = {}
             for key, title in zip(ORDER, ("Base", "Prompted Base", "Fine-Tuned", "Larger Model"), strict=True):
                 result = found.get(key)
@@ -191,21 +184,14 @@ def _safety(settings, contract: Contract, report: dict) -> str:
     seen = f"{name} {tables.metric(metrics[name])} on adversarial rows" if metrics else "no adversarial rows were run"
     unsafe = metrics.get("unsafe_tool_call_rate")
     golden = [f for f in report["failures"] if f["set"] == "golden" and f["critical"]]
-    refusal = (
-        f"`{contract.null_label}` is the answer for inputs it must not act on"
-        if contract.null_label
-        else "none trained"
-    )
-    expert = settings.task.expert_review
-    lines = [
-        f"- Refusal behavior: {refusal}; {seen}" + (f"; unsafe calls {tables.metric(unsafe)}" if unsafe else ""),
-        "- Sensitive data handling: training rows pass the gates of 04_curate; the model neither removes nor masks personal "
-        "data in what it is given",
-        f"- Known risks: {len(golden)} golden rows with a wrong critical field; wrong answers are well-formed, so a valid "
-        "schema is no sign of a right answer",
-        f"- Expert review: {expert if expert else 'none named; the task is not declared high-stakes'}",
-    ]
-    return "\n".join(lines) + "\n"
+    null = contract.null_label
+    refusal = f"`{null}` is the answer for inputs it must not act on" if null else "none trained"
+    calls = f"; unsafe calls {tables.metric(unsafe)}" if unsafe else ""
+    return f"""- Refusal behavior: {refusal}; {seen}{calls}
+- Sensitive data handling: training rows pass the gates of 04_curate; the model neither removes nor masks personal data in what it is given
+- Known risks: {len(golden)} golden rows with a wrong critical field; wrong answers are well-formed, so a valid schema is no sign of a right answer
+- Expert review: {settings.task.expert_review or "none named; the task is not declared high-stakes"}
+"""
 
 
 def _deployment(settings, contract: Contract, report: dict, export: dict | None) -> str:
@@ -233,47 +219,13 @@ Each file on golden:
 def _limitations(contract: Contract, report: dict) -> str:
     weak = []
     for key, found in report["results"][report["headline_set"]]["fine_tuned"]["slices"].items():
-        weak += [
-            (m["value"], f"{key} {name} {m['value']:.2f} (n={m['n']})") for name, m in found.items() if m["n"] >= 5
-        ]
+        weak += [(m["value"], f"{key} {n} {m['value']:.2f} (n={m['n']})") for n, m in found.items() if m["n"] >= 5]
     worst = ", ".join(text for _, text in sorted(weak)[:4]) or "no slice has five rows"
     sizes = ", ".join(f"{name} {facts['n']}" for name, facts in report["sets"].items())
     test = "The test set was opened." if "test" in report["sets"] else "The test set has not been opened for this run."
     mistakes = contract.brief.get("failure_modes", "").splitlines()
-    failing = [line.strip().removeprefix("* ") for line in mistakes if line.strip()]
-    return (
-        "\n".join(
-            [
-                f"- Weakest slices on {report['headline_set']}: {worst}",
-                f"- Evaluated on small sets ({sizes} rows): differences inside the intervals are not shown. {test}",
-                "- Trained for one contract; another schema, another system prompt or another language mix needs a new run",
-                *([f"- Unacceptable mistakes, by the task: {'; '.join(failing)}"] if failing else []),
-            ]
-        )
-        + "\n"
-    )
-
-
-def _changes(settings, run_id: str) -> str:
-    lines = [r for r in registry.read(settings, "runs") if r.get("stage") in ("train", "evaluate")]
-    shown = [
-        {"when": r["at"][:16], "run": r["run_id"], "stage": r["stage"], "result": r.get("verdict") or r.get("status", "")}
-        for r in lines[-12:]
-    ]  # fmt: skip
-    return f"This card is of run `{run_id}`. The last runs of the project:\n\n{tables.markdown(shown)}"
-
-
-def _said(brief: dict[str, str], key: str, otherwise: str) -> str:
-    return brief.get(key, "").strip() or otherwise
-
-
-def _languages(report: dict) -> list[str]:
-    """The two-letter languages of the evaluation rows; English when they name none."""
-    found = report["results"][report["headline_set"]]["fine_tuned"]["slices"].get("language", {})
-    return [name for name in found if len(name) == 2 and name.isalpha()] or ["en"]
-
-
-def _hub_id(base: str) -> str | None:
-    if base == "embedded":
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return base if base.count("/") == 1 and not base.startswith((".", "/", "~")) else None
+    failing = "; ".join(line.strip().removeprefix("* ") for line in mistakes if line.strip())
+    return f"""- Weakest slices on {report["headline_set"]}: {worst}
+- Evaluated on small sets ({sizes} rows): differences inside the intervals are not shown. {test}
+- Trained for one contract; another schema, another system prompt or another language mix needs a new run
+""" + (f"- Unacceptable mistakes, by the task: {failing}\n" if failing else "")

@@ -10,12 +10,9 @@ BLUE, GREY = "#2b6cb0", "#a0aec0"
 
 
 def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def _save(figure, path: Path) -> Path:
@@ -25,11 +22,9 @@ def _save(figure, path: Path) -> Path:
 
 
 def _bars(axes, names: list[str], metrics: Sequence[Metric], colors: list[str]) -> None:
-    values = [m.value for m in metrics]
     reach = [[m.value - m.low for m in metrics], [m.high - m.value for m in metrics]]
-    axes.barh(
-        range(len(names)), values, color=colors, xerr=reach, error_kw={"capsize": 3, "lw": 1, "ecolor": "#2d3748"}
-    )
+    ends = {"capsize": 3, "lw": 1, "ecolor": "#2d3748"}
+    axes.barh(range(len(names)), [m.value for m in metrics], color=colors, xerr=reach, error_kw=ends)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.19)
@@ -63,9 +58,8 @@ def slices(result: Result, name: str, path: Path) -> Path:
     panels = figure.subplots(len(keys), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
     for axes, key in zip(panels, keys, strict=True):
         found = result.slices[key]
-        _bars(
-            axes, [f"{shorten(n, 24)} (n={m.n})" for n, m in found.items()], list(found.values()), [BLUE] * len(found)
-        )
+        names = [f"{shorten(n, 24)} (n={m.n})" for n, m in found.items()]
+        _bars(axes, names, list(found.values()), [BLUE] * len(found))
         axes.set_title(f"by {key}", fontsize=9, loc="left")
         axes.tick_params(labelsize=8)
     panels[-1].set_xlabel(f"{name} (0 to 1; lines: interval)")
@@ -83,13 +77,11 @@ def confusion(result: Result, path: Path) -> Path:
     short = [shorten(n, 20) for n in names]
     axes.set_xticks(range(len(names)), short, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(names)), short, fontsize=8)
-    top = max(max(line) for line in counts) or 1
+    top = max(map(max, counts)) or 1
     for i, line in enumerate(counts):
         for j, count in enumerate(line):
-            if count:
-                axes.text(
-                    j, i, count, ha="center", va="center", fontsize=8, color="white" if count > top / 2 else "black"
-                )
+            color = "white" if count > top / 2 else "black"
+            axes.text(j, i, count or "", ha="center", va="center", fontsize=8, color=color)
     axes.set_xlabel("given label")
     axes.set_ylabel("expected label")
     axes.set_title(f"{TITLES.get(result.name, result.name)} on {result.set}, rows", fontsize=10)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from slm.evaluate.compare import Comparison
 from slm.evaluate.metrics import Metric, Result
 from slm.evaluate.release import Gate
 from slm.rows import Row
@@ -42,13 +41,10 @@ def metric(found: Metric | dict | None) -> str:
 
 def sets(found: dict[str, list[Row]], locked: dict[str, str]) -> list[dict]:
     """One line per evaluation set: rows, what they cover, the hash it is locked by."""
+    titles = {"categories": "category", "kinds": "kind", "languages": "language", "groups": "group"}
     return [
-        {
-            "set": name, "rows": len(rows), **{
-                title: len({getattr(r.meta, key) for r in rows})
-                for title, key in (("categories", "category"), ("kinds", "kind"), ("languages", "language"), ("groups", "group"))
-            }, "locked": locked[name][:12],
-        } for name, rows in found.items()
+        {"set": name, "rows": len(rows), **{t: len({getattr(r.meta, key) for r in rows}) for t, key in titles.items()},
+         "locked": locked[name][:12]} for name, rows in found.items()
     ]  # fmt: skip
 
 
@@ -56,25 +52,21 @@ def results(found: Sequence[Result], names: Sequence[str]) -> list[dict]:
     """One line per model: the named metrics with intervals, n, latency; or why it was not run."""
     lines = []
     for r in found:
-        title = TITLES.get(r.name, r.name)
-        if not r.ran:
-            lines.append(
-                {"model": title, **dict.fromkeys([*names, "n", "latency p50"], "-"), "note": f"not run: {r.reason}"}
-            )
-            continue
-        wait = "-" if r.latency_p50_s is None else seconds(r.latency_p50_s)
         cells = {n: metric(r.metrics.get(n)) for n in names}
-        lines.append({"model": title, **cells, "n": len(r.scores), "latency p50": wait, "note": ""})
+        wait = "-" if r.latency_p50_s is None else seconds(r.latency_p50_s)
+        facts = {"n": len(r.scores) if r.ran else "-", "latency p50": wait, "note": r.reason and f"not run: {r.reason}"}
+        lines.append({"model": TITLES.get(r.name, r.name), **cells, **facts})
     return lines
 
 
-def comparisons(found: dict[str, Comparison]) -> list[dict]:
+def comparisons(found: dict[str, dict]) -> list[dict]:
     """One line per baseline: difference with interval, McNemar's p, rows fixed and broken, verdict."""
     return [
         {
-            "against": TITLES.get(name, name), "difference": f"{c.difference.value:+.3f} "
-            f"[{c.difference.low:+.3f}, {c.difference.high:+.3f}]", "McNemar p": f"{c.mcnemar_p:.4f}",
-            "rows fixed": len(c.fixed), "rows broken": len(c.broken), "n": c.difference.n, "verdict": c.verdict,
+            "against": TITLES.get(name, name),
+            "difference": "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**c["difference"]),
+            "McNemar p": f"{c['mcnemar_p']:.4f}", "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
+            "n": c["difference"]["n"], "verdict": c["verdict"],
         }
         for name, c in found.items()
     ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""From adapter to a file that runs: merge, convert, quantize, prove equal, choose, bundle."""

@@ -1,0 +1,112 @@
+"""Hugging Face folder to f16 GGUF with llama.cpp's own converter, of the very release that the runtime was built from."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from slm.errors import SlmError
+from slm.export.files import require_space, weight_bytes, whole_file
+
+SCRIPT = "convert_hf_to_gguf.py"
+PARTS = (SCRIPT, "conversion/", "gguf-py/gguf/", "LICENSE")
+
+
+def converter_home() -> Path:
+    """Where the converter of the installed llama-cpp-python lies once fetched. Raises SlmError without the package."""
+    from slm.models.embedded import cache_home
+
+    try:
+        return cache_home() / f"llama.cpp-{version('llama-cpp-python')}"
+    except PackageNotFoundError:
+        raise SlmError("llama-cpp-python is not installed; run `make setup`.") from None
+
+
+def fetch_converter() -> Path:
+    """Take the converter out of llama-cpp-python's source archive (the wheel lacks it), once; returns its folder.
+
+    Needs the package index the first time (`make setup` does it), nothing afterwards.
+    """
+    from filelock import FileLock
+
+    home = converter_home()
+    if (home / SCRIPT).is_file():
+        return home
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{home}.lock", timeout=600):
+        if not (home / SCRIPT).is_file():
+            work = Path(tempfile.mkdtemp(dir=home.parent))
+            try:
+                extract(_download(work / "sdist"), work / "out")
+                os.replace(work / "out", home)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return home
+
+
+def extract(archive: Path, target: Path) -> Path:
+    """Copy the converter's files out of the source archive. Raises SlmError when it holds none."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            _, _, name = member.name.partition("/vendor/llama.cpp/")
+            if member.isfile() and name.startswith(PARTS):
+                member.name = name
+                tar.extract(member, target, filter="data")
+    if not (target / SCRIPT).is_file():
+        raise SlmError(f"{archive.name}: no {SCRIPT} in it; this release of llama-cpp-python ships no converter.")
+    return target
+
+
+def convert(folder: Path, target: Path, name: str = "model") -> Path:
+    """Convert a merged checkpoint to an f16 GGUF, all or nothing. Raises SlmError with the converter's last words."""
+    script = fetch_converter() / SCRIPT
+    require_space(target.parent, int(weight_bytes(folder) * 1.1), "the f16 GGUF")
+    env = {k: v for k, v in os.environ.items() if k not in ("NO_LOCAL_GGUF", "PYTHONPATH")}
+    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with whole_file(target) as work:
+        command = [sys.executable, str(script), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        if done.returncode or not work.is_file():
+            raise SlmError(f"{folder}: the GGUF converter stopped (exit code {done.returncode}): {_last_words(done.stderr)}")
+    return target
+
+
+def _download(folder: Path) -> Path:
+    package = f"llama-cpp-python=={version('llama-cpp-python')}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-binary", "llama-cpp-python", "--dest", str(folder), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = sorted(folder.glob("llama_cpp_python-*.tar.gz")) if folder.is_dir() else []
+    if done.returncode or not found:
+        raise SlmError(
+            f"the GGUF converter is not on this disk and {package} cannot be downloaded ({_last_words(done.stderr)}); "
+            "run `make setup` once with a network."
+        )
+    return found[0]
+
+
+def _last_words(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-3:]) or "no message"
+
+
+def main() -> int:
+    """`python -m slm.export.convert --fetch`: put the converter into the cache, so that a run needs no network."""
+    parser = argparse.ArgumentParser(description="Fetch the GGUF converter into the cache.")
+    parser.add_argument("--fetch", action="store_true", required=True)
+    parser.parse_args()
+    try:
+        print(f"GGUF converter: {fetch_converter()}")
+    except SlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

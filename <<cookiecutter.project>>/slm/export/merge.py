@@ -1,0 +1,144 @@
+"""The adapter merged into the 16-bit base with PEFT, and the check that what ends an answer is still the same."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from slm.errors import SlmError
+from slm.export.files import require_space, weight_bytes, whole_folder
+
+SENTINEL = "Zq7xAnswerZq7x"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer, as token ids: the tokenizer's, the generation config's, and the template's after an answer."""
+
+    eos: int | None
+    generation: tuple[int, ...]
+    turn: int | None
+
+
+def adapter_folder(settings) -> Path:
+    """outputs/adapters/<run_id>. Raises SlmError when nothing was trained under this run id."""
+    folder = settings.path(f"outputs/adapters/{settings.run_id}")
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise SlmError(f"{folder}: neither adapter_config.json nor config.json in it; run 05_train first.")
+    return folder
+
+
+def merge(settings) -> Path:
+    """Merge the run's adapter into the base in bfloat16; returns outputs/merged/<run_id> (safetensors and tokenizer).
+
+    Raises SlmError for a 4-bit base, an adapter of another model, an end token that changed, or too little disk space.
+    """
+    from slm.models import base_folder
+
+    target = settings.path(f"outputs/merged/{settings.run_id}")
+    merge_folders(base_folder(settings), adapter_folder(settings), target)
+    return target
+
+
+def merge_folders(base: Path, adapter: Path, target: Path) -> Path:
+    """Merge `adapter` into `base` and write the result to `target`, all or nothing."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        raise SlmError(f"{base}: a quantized base; a merge into it differs from what was trained. Set model.base to 16-bit weights.")
+    require_space(target.parent, int(weight_bytes(base) * 1.05), "the merged model")
+    is_adapter = (adapter / "adapter_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(adapter if _has_tokenizer(adapter) else base)
+    model = AutoModelForCausalLM.from_pretrained(base if is_adapter else adapter, dtype=torch.bfloat16)
+    if is_adapter:
+        model = _apply(model, adapter)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise SlmError(f"{adapter}: its tokenizer has {len(tokenizer)} tokens, the model fewer; it belongs to another base.")
+    pin_template(tokenizer)
+    with whole_folder(target) as work:
+        model.save_pretrained(work, max_shard_size="4GB")
+        tokenizer.save_pretrained(work)
+        complete_tokenizer(tokenizer, Path(base), work)
+        check_ends(Path(base), work)
+    return target
+
+
+def pin_template(tokenizer) -> None:
+    """Fix the thinking switch of a template to "off", as in training: a runtime that renders it has no such switch."""
+    if "enable_thinking" in tokenizer.chat_template:
+        tokenizer.chat_template = "{%- set enable_thinking = false -%}\n" + tokenizer.chat_template
+
+
+def complete_tokenizer(tokenizer, base: Path, folder: Path) -> None:
+    """Write what the GGUF converter reads and transformers 5 no longer saves: special-token types, tokenizer.model."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["added_tokens_decoder"] = {
+        str(number): {
+            "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized, "rstrip": token.rstrip,
+            "single_word": token.single_word, "special": token.special,
+        }
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+    }  # fmt: skip
+    file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    if (base / "tokenizer.model").is_file() and not (folder / "tokenizer.model").exists():
+        shutil.copy(base / "tokenizer.model", folder)
+
+
+def read_ends(folder: Path) -> Ends:
+    """The end tokens of a checkpoint folder."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # a checkpoint without generation_config.json
+        ends = None
+    ends = ends if isinstance(ends, list) else [ends]
+    return Ends(tokenizer.eos_token_id, tuple(sorted(e for e in ends if e is not None)), turn_end(tokenizer))
+
+
+def turn_end(tokenizer) -> int | None:
+    """The first special token that the chat template puts after an answer; None when there is none."""
+    from slm.train.encode import render
+
+    text = render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}])
+    tail = tokenizer(text.rpartition(SENTINEL)[2], add_special_tokens=False)["input_ids"]
+    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    return next((token for token in tail if token in special), None)
+
+
+def check_ends(base: Path, merged: Path) -> Ends:
+    """The merged model's end tokens. Raises SlmError when they differ from the base's or leave the chat's turns open."""
+    before, after = read_ends(base), read_ends(merged)
+    if before != after:
+        raise SlmError(
+            f"{merged}: the end tokens changed in the merge, from {_show(before)} to {_show(after)}; "
+            "answers would not stop. Train again with the base's own tokenizer."
+        )
+    if after.turn is None or after.turn not in {after.eos, *after.generation}:
+        raise SlmError(
+            f"{merged}: the chat template ends an answer with token {after.turn}, which neither the tokenizer nor the "
+            f"generation config takes for an end ({_show(after)}); generation would never stop."
+        )
+    return after
+
+
+def _apply(model, adapter: Path):
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SlmError(f"{adapter}: does not fit the base model ({first}); merge it into the base that it was trained on.") from None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def _show(ends: Ends) -> str:
+    return ", ".join(f"{name} {value}" for name, value in asdict(ends).items())

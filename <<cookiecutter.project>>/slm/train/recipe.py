@@ -1,0 +1,160 @@
+"""The recipe: the names of train_config.yaml translated into the trainers' own, and what the machine allows of it."""
+
+import hashlib
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+from slm import registry
+from slm.errors import SlmError
+
+PATIENCE = 3  # evaluations without a better dev loss before early stopping
+CPU_FLOPS, GPU_FLOPS = 1.2e11, 1.0e14  # rough, per core and per card, for an estimate before the first measured run
+
+
+def import_trainer(settings) -> None:
+    """Import Unsloth where it is chosen: it patches transformers, TRL and PEFT, so it must come before them."""
+    if settings.train.trainer == "unsloth":
+        if importlib.util.find_spec("unsloth") is None:
+            raise SlmError("train.trainer unsloth: the package is not installed; install the extra `unsloth`, or set trl.")
+        import unsloth  # noqa: F401
+
+
+def in_force(settings) -> dict:
+    """What of the recipe holds on this machine: device, precision, attention, packing, optimizer, 4-bit base.
+
+    Packing needs flash attention, or samples would read each other; paged and 8-bit optimizers need a GPU.
+    Raises SlmError when method and load_in_4bit contradict each other.
+    """
+    import torch
+
+    recipe, gpu = settings.train, torch.cuda.is_available()
+    if recipe.method == "qlora" and not recipe.load_in_4bit:
+        raise SlmError("train.method qlora with load_in_4bit false: set load_in_4bit true, or method lora.")
+    flash = gpu and recipe.trainer == "trl" and importlib.util.find_spec("flash_attn") is not None
+    precision = recipe.precision
+    if precision == "bf16" and gpu and recipe.trainer == "unsloth" and not torch.cuda.is_bf16_supported(False):
+        precision = "fp16"  # older cards; Unsloth handles it, TRL runs bf16 emulated
+    gpu_only = any(word in recipe.optimizer for word in ("8bit", "paged"))
+    return {
+        "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "precision": precision,
+        "load_in_4bit": recipe.method == "qlora",
+        "packing": recipe.packing and flash,
+        # Rows of a few hundred tokens: plain attention beats the CPU's flash kernel, whose backward is slow.
+        "attention": "flash_attention_2" if recipe.packing and flash else "sdpa" if gpu else "eager",
+        "optimizer": "adamw_torch" if gpu_only and not gpu else recipe.optimizer,
+    }
+
+
+def sft_arguments(settings, out: Path, rows: int) -> dict:
+    """Keyword arguments of `trl.SFTConfig` for `rows` training rows, writing to `out`. Both trainers take them.
+
+    Raises SlmError when checkpoints would not fall on evaluations, which the best checkpoint needs.
+    """
+    recipe, force = settings.train, in_force(settings)
+    if recipe.early_stopping and recipe.save_steps % recipe.eval_steps:
+        raise SlmError(f"train.save_steps {recipe.save_steps}: make it a multiple of eval_steps {recipe.eval_steps}.")
+    steps = total_steps(settings, rows)
+    return {
+        "output_dir": str(out),
+        "run_name": settings.run_id,
+        "report_to": [] if settings.tracker == "csv" else [settings.tracker],
+        # rows
+        "max_length": recipe.max_seq_length,
+        "packing": force["packing"],
+        "dataset_kwargs": {"skip_prepare_dataset": not force["packing"]},  # our tokens, as they are
+        "train_sampling_strategy": "group_by_length" if recipe.group_by_length and not force["packing"] else "random",
+        "per_device_train_batch_size": recipe.batch_size_per_device,
+        "per_device_eval_batch_size": recipe.batch_size_per_device,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        # steps
+        "num_train_epochs": recipe.epochs,
+        "max_steps": recipe.max_steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.lr_scheduler,
+        "warmup_steps": recipe.warmup_ratio,  # below 1 it is a share of all steps
+        "weight_decay": recipe.weight_decay,
+        "optim": force["optimizer"],
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        # machine
+        "bf16": force["precision"] == "bf16",
+        "fp16": force["precision"] == "fp16",
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "use_cpu": force["device"].startswith("cpu"),
+        "dataloader_pin_memory": not force["device"].startswith("cpu"),
+        # looks and checkpoints
+        "logging_steps": max(1, min(10, steps // 20)),
+        "logging_first_step": True,
+        "eval_strategy": "steps",
+        "eval_on_start": True,
+        "eval_steps": recipe.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": recipe.save_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": recipe.early_stopping,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+
+
+def lora_arguments(settings) -> dict:
+    """Keyword arguments of `peft.LoraConfig` and of Unsloth's `get_peft_model`."""
+    recipe = settings.train
+    return {
+        "r": recipe.lora_rank,
+        "lora_alpha": recipe.lora_alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "target_modules": recipe.target_modules,
+        "bias": "none",
+    }
+
+
+def total_steps(settings, rows: int) -> int:
+    """Optimizer steps for `rows` rows on one process, the way the trainer counts them."""
+    recipe = settings.train
+    if recipe.max_steps > 0:
+        return recipe.max_steps
+    batches = math.ceil(rows / recipe.batch_size_per_device)
+    return math.ceil(recipe.epochs * max(1, math.ceil(batches / recipe.gradient_accumulation_steps)))
+
+
+def estimate(settings, examples: list) -> dict:
+    """Steps, tokens and rough minutes of a run over encoded rows.
+
+    The speed is that of the last completed run on this base and device, else 6 x parameters x tokens floating point
+    operations (Kaplan et al. 2020) at a rough rate for the device.
+    """
+    recipe, force = settings.train, in_force(settings)
+    steps = total_steps(settings, len(examples))
+    seen = steps * recipe.batch_size_per_device * recipe.gradient_accumulation_steps
+    seen = seen if recipe.max_steps > 0 else min(seen, math.ceil(recipe.epochs * len(examples)))
+    tokens = round(seen * sum(len(e.input_ids) for e in examples) / len(examples))
+    last = registry.latest(settings, "runs", stage="train", status="completed", device=force["device"], trainer=recipe.trainer)
+    if last and last["parents"]["base"] == settings.model.base:
+        speed, source = last["metrics"]["tokens_per_s"], f"as in run {last['run_id']}"
+    else:
+        speed, source = _rough_speed(settings, force["device"]), "rough, no earlier run here"
+    trained = sum(sum(label != -100 for label in e.labels) for e in examples)
+    share = trained / sum(len(e.input_ids) for e in examples)
+    return {
+        "rows": len(examples), "steps": steps, "rows per step": recipe.batch_size_per_device * recipe.gradient_accumulation_steps,
+        "tokens": tokens, "share trained on": round(share, 3), "longest row": max(len(e.input_ids) for e in examples),
+        "minutes": round(tokens / speed / 60, 1), "speed": f"{speed:.0f} tokens/s ({source})",
+    }  # fmt: skip
+
+
+def _rough_speed(settings, device: str) -> float:
+    from slm.models import base_folder
+
+    parameters = sum(f.stat().st_size for f in base_folder(settings).glob("*.safetensors")) / 2
+    rate = CPU_FLOPS * int(device.split(",")[1].split()[0]) if device.startswith("cpu") else GPU_FLOPS
+    return rate / (6 * parameters)
+
+
+def recipe_hash(settings, **facts) -> str:
+    """12 hex digits of everything that shapes the weights: the recipe, the base, and `facts` (data, contract, template)."""
+    body = {"train": settings.train.model_dump(), "base": settings.model.base, "revision": settings.model.revision, **facts}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]

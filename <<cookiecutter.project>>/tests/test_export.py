@@ -1,0 +1,520 @@
+"""Export: a real merge, conversion, quantization and llama.cpp answers with the tiny model; planted faults are caught."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from slm.contract import Contract
+from slm.errors import SlmError
+from slm.rows import make_row, write_json, write_rows
+
+
+class Output(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    colour: Literal["red", "blue"]
+    code: str | None
+
+
+CONTRACT = Contract(
+    name="colours", task_type="extraction", output=Output, system_prompt="Name the colour. JSON only.",
+    primary_metric="field_f1", target=0.5, critical=("colour",), label_field="colour",
+)  # fmt: skip
+TEXTS = ["The sky, order TL-40213.", "Blood  12 345!", "Пожарная машина 🚒", "ocean\nwater"]
+ROWS = [
+    make_row(t, CONTRACT.dump({"colour": c, "code": k}), id=f"r{n}", category=c)
+    for n, (t, c, k) in enumerate(zip(TEXTS, ["blue", "red"] * 2, ["TL-40213", None] * 2, strict=True))
+]
+
+
+def adapt(folder: Path, base: Path, seed: int = 0) -> Path:
+    """A LoRA adapter with random weights, and the base's tokenizer beside it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project with an adapter of the tiny model, merged and exported as f16 and q8_0; returns settings, merged, files."""
+    pytest.importorskip("llama_cpp")
+    from slm.export.merge import merge
+    from slm.export.quantize import make_files
+    from slm.models.embedded import tiny_folder
+    from slm.registry import file_hash
+    from slm.settings import load_settings
+
+    root = tmp_path_factory.mktemp("project")
+    (root / "project.yaml").write_text("model: {base: tiny}\nevaluate: {max_new_tokens: 12, resamples: 100}\n")
+    (root / "training/configs").mkdir(parents=True)
+    (root / "training/configs/train_config.yaml").write_text("{}\n")
+    write_rows(root / "data/eval/golden.jsonl", ROWS)
+    write_json(root / "data/eval/lock.json", {"golden": file_hash(root / "data/eval/golden.jsonl")})
+    settings = load_settings(start=root, run_id="t", overrides={"export.quants": ["f16", "q8_0"]})
+    adapt(settings.path("outputs/adapters/t"), tiny_folder())
+    merged = merge(settings)
+    return settings, merged, make_files(settings, merged)
+
+
+@pytest.fixture(scope="module")
+def scored(project):
+    """The golden rows through the adapter, the f16 file's three paths, and both files as shipped."""
+    from slm.export import parity
+
+    settings, merged, files = project
+    rows = parity.golden_rows(settings)
+    reference = parity.score_adapter(settings, CONTRACT, rows)
+    paths = parity.score_paths(settings, CONTRACT, rows, files[0], merged)
+    return reference, paths, parity.score_files(settings, CONTRACT, rows, files)
+
+
+def chats():
+    from slm.export.tokens import conversations
+
+    return conversations(CONTRACT, ROWS)
+
+
+def damaged(project, tmp_path, change) -> Path:
+    """A copy of the f16 file with `change(reader)` applied to its header in place."""
+    from gguf import GGUFReader
+
+    copy = shutil.copy(project[2][0].path, tmp_path / "model-f16.gguf")
+    reader = GGUFReader(copy, "r+")
+    change(reader)
+    reader.data.flush()
+    return Path(copy)
+
+
+def test_merged_weights_are_base_plus_adapter(project):
+    """Guards against an export of the base: a merge that loses the adapter, or runs on other weights."""
+    import torch
+    from safetensors.torch import load_file
+
+    from slm.models.embedded import tiny_folder
+
+    settings, merged, _ = project
+    base, out = load_file(tiny_folder() / "model.safetensors"), load_file(merged / "model.safetensors")
+    lora = load_file(settings.path("outputs/adapters/t/adapter_model.safetensors"))
+    key = "model.layers.0.self_attn.q_proj"
+    delta = 2 * lora[f"base_model.model.{key}.lora_B.weight"] @ lora[f"base_model.model.{key}.lora_A.weight"]
+    want = base[f"{key}.weight"].float() + delta.float()
+    assert out[f"{key}.weight"].dtype == torch.bfloat16
+    assert torch.allclose(out[f"{key}.weight"].float(), want, atol=0.02) and delta.abs().max() > 0.02
+    assert torch.equal(out["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_every_file_is_there_and_nothing_half_written(project):
+    """Guards against temporary files left beside the outputs, and against a q8_0 that is no smaller."""
+    settings, merged, files = project
+    assert [f.path.name for f in files] == ["model-f16.gguf", "model-q8_0.gguf"]
+    assert files[1].size_mb < 0.8 * files[0].size_mb and files[1].tensors["Q8_0"] > 0
+    folders = (merged, merged.parent, files[0].path.parent)
+    assert not [p for folder in folders for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_tokens_are_the_same_in_every_file(project):
+    """Guards against the conversion that renders equal text and reads other tokens; hostile prompts are among them."""
+    from slm.export.tokens import HOSTILE, prove_tokens
+
+    _, merged, files = project
+    for file in files:
+        proof = prove_tokens(merged, file.path, chats())
+        assert proof.prompts == len(ROWS) + len(HOSTILE) and proof.eos == proof.turn_end == 2
+
+
+def test_lost_special_token_types_are_named(project, tmp_path):
+    """Guards against <|im_start|> read as plain text, which drops the score at f16 and q8_0 alike."""
+    from slm.export.tokens import prove_tokens
+
+    def lose(reader):
+        field = reader.get_field("tokenizer.ggml.token_type")
+        for index in field.data[:17]:
+            field.parts[index][0] = 1
+
+    with pytest.raises(SlmError, match=r"special tokens lost their type \(<\|im_start\|>.*22 of 22 prompts have other token ids"):
+        prove_tokens(project[1], damaged(project, tmp_path, lose), chats())
+
+
+def test_wrong_end_token_in_the_file_is_named(project, tmp_path):
+    """Guards against generation that never stops because the file ends with another token."""
+    from slm.export.tokens import prove_tokens
+
+    def other(reader):
+        reader.get_field("tokenizer.ggml.eos_token_id").parts[-1][0] = 7
+
+    with pytest.raises(SlmError, match=r"its end token is 7, the tokenizer's is 2 \(<\|im_end\|>\)"):
+        prove_tokens(project[1], damaged(project, tmp_path, other), chats())
+
+
+def test_wrong_end_token_after_the_merge_is_named(project, tmp_path):
+    """Guards against a merge that rewrites eos_token (unsloth#5386)."""
+    from slm.export.merge import merge_folders
+    from slm.models.embedded import tiny_folder
+
+    adapter = adapt(tmp_path / "adapter", tiny_folder())
+    config = adapter / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"'))
+    with pytest.raises(SlmError, match="end tokens changed in the merge"):
+        merge_folders(tiny_folder(), adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_truncated_file_is_refused(project, tmp_path):
+    """Guards against half a download or a full disk: the file must not be loaded, scored or shipped."""
+    from slm.export.tokens import prove_tokens
+    from slm.models.llama_cpp import LlamaCppModel
+
+    half = tmp_path / "model-f16.gguf"
+    half.write_bytes(project[2][0].path.read_bytes()[:-500_000])
+    with pytest.raises(SlmError, match="cannot read it"):
+        prove_tokens(project[1], half, chats())
+    with pytest.raises(SlmError, match="cannot load it"):
+        LlamaCppModel(half)
+
+
+def test_another_tokenizer_is_named(project, tmp_path):
+    """Guards against a file made from another checkpoint, or a tokenizer changed after training."""
+    from slm.export.tokens import prove_tokens
+
+    folder = shutil.copytree(project[1], tmp_path / "merged")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(SlmError, match="other token ids"):
+        prove_tokens(folder, project[2][0].path, chats())
+
+
+def test_a_vocabulary_that_aborts_the_runtime_is_an_error_not_a_crash(project, tmp_path):
+    """Guards against a dead kernel: llama.cpp ends the process when a vocabulary lacks its byte tokens."""
+    from slm.export.tokens import prove_tokens
+
+    def spoil(reader):
+        field = reader.get_field("tokenizer.ggml.model")
+        field.parts[-1][:] = list(b"bert")
+
+    with pytest.raises(SlmError, match="cannot read it|not the model that was trained"):
+        prove_tokens(project[1], damaged(project, tmp_path, spoil), chats())
+
+
+def test_another_chat_template_is_named(project, tmp_path):
+    """Guards against messages rendered otherwise than in training, the commonest cause of garbage in a runtime."""
+    from slm.export.tokens import prove_tokens
+
+    def other(reader):
+        part = reader.get_field("tokenizer.chat_template").parts[-1]
+        part[:] = list(bytes(part).replace(b"<|im_end|>' + '", b"<|im_END|>' + '"))
+
+    with pytest.raises(SlmError, match="chat template renders"):
+        prove_tokens(project[1], damaged(project, tmp_path, other), chats())
+
+
+def test_quantized_base_is_refused(tmp_path):
+    """Guards against a merge into 4-bit weights, which differs from what was trained."""
+    from slm.export.merge import merge_folders
+
+    write_json(tmp_path / "base/config.json", {"quantization_config": {"load_in_4bit": True}})
+    with pytest.raises(SlmError, match="quantized base"):
+        merge_folders(tmp_path / "base", tmp_path, tmp_path / "merged")
+
+
+def test_adapter_of_another_model_is_refused(project, tmp_path):
+    """Guards against a traceback, or a silent partial merge, when model.base changed after training."""
+    from safetensors.torch import load_file, save_file
+
+    from slm.export.merge import merge_folders
+    from slm.models.embedded import tiny_folder
+
+    adapter = Path(shutil.copytree(project[0].path("outputs/adapters/t"), tmp_path / "adapter"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(SlmError, match="does not fit the base model"):
+        merge_folders(tiny_folder(), adapter, tmp_path / "merged")
+
+
+def test_full_disk_is_refused_before_work_starts(project, monkeypatch, tmp_path):
+    """Guards against a disk that fills in the middle of a conversion."""
+    from collections import namedtuple
+
+    from slm.export import files
+    from slm.export.convert import convert
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    with pytest.raises(SlmError, match="make room"):
+        convert(project[1], tmp_path / "out.gguf")
+
+
+def test_converter_failure_says_why_and_leaves_nothing(tmp_path):
+    """Guards against a silent converter: its last words are in the error, no part file stays."""
+    from slm.export.convert import convert
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "none"}')
+    with pytest.raises(SlmError, match="GGUF converter stopped .*NoSuchModel"):
+        convert(tmp_path / "in", tmp_path / "out.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def sdist(folder: Path, *names: str) -> Path:
+    """A source archive that holds empty files of these names."""
+    import io
+    import tarfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "llama_cpp_python-0.tar.gz", "w:gz") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(f"llama_cpp_python-0/{name}"), io.BytesIO())
+    return folder / "llama_cpp_python-0.tar.gz"
+
+
+def test_only_the_converter_is_taken_from_the_source_archive(tmp_path):
+    """Guards against 400 MB of sources in the cache, and against an archive without a converter taken for one."""
+    from slm.export.convert import extract
+
+    there = sdist(tmp_path, *(f"vendor/llama.cpp/{n}" for n in ("convert_hf_to_gguf.py", "conversion/base.py", "src/llama.cpp")))
+    out = extract(there, tmp_path / "out")
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.py")) == ["conversion/base.py", "convert_hf_to_gguf.py"]
+    assert not (out / "src").exists()
+    with pytest.raises(SlmError, match="ships no converter"):
+        extract(sdist(tmp_path, "README.md"), tmp_path / "none")
+
+
+def test_no_converter_and_no_network_says_what_to_do(tmp_path, monkeypatch):
+    """Guards against pip's traceback in a notebook, and a half-made cache folder that later passes for a whole one."""
+    import subprocess
+
+    from slm.export import convert
+
+    monkeypatch.setenv("SLM_CACHE", str(tmp_path))
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no network")
+    monkeypatch.setattr(convert.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(SlmError, match="no network.*make setup"):
+        convert.fetch_converter()
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_the_same_ids_are_not_asked_twice():
+    """Guards against paying for path B where it is path A, and against skipping it where the file reads other ids."""
+    from slm.export.parity import RenderedPrompts
+    from slm.models import Answer, Prompt
+
+    class Runtime:
+        name, fingerprint, asked = "f16", "x", 0
+
+        def tokenize(self, text):
+            return [1, 2] if text == "same" else [9]
+
+        def answer_text(self, ids, max_tokens):
+            self.asked += 1
+            return Answer(str(ids), 0.0)
+
+    class Tokenizer:
+        def apply_chat_template(self, messages, **_):
+            return messages[0]["content"]
+
+        def __call__(self, text, **_):
+            return {"input_ids": [1, 2]}
+
+    runtime, known = Runtime(), {}
+    prompts = [Prompt([{"role": "user", "content": text}]) for text in ("same", "other")]
+    ids = RenderedPrompts(runtime, Tokenizer(), True, known).answer(prompts)
+    text = RenderedPrompts(runtime, Tokenizer(), False, known).answer(prompts)
+    assert [a.text for a in ids] == ["[1, 2]", "[1, 2]"] and [a.text for a in text] == ["[1, 2]", "[9]"]
+    assert runtime.asked == 2
+
+
+def test_three_paths_through_the_f16_file_agree(scored):
+    """Guards against an attribution that compares different prompts: equal tokens must give equal answers."""
+    _, (ids, text, messages), _ = scored
+    assert [s.text for s in ids.scores] == [s.text for s in text.scores] == [s.text for s in messages.scores]
+    assert (ids.way, text.way, messages.way) == ("token ids", "rendered text", "messages")
+    assert all(s.completion_tokens for s in ids.scores)
+
+
+def fake(way="messages", exact=10, endless=0, name="f16", size=100.0):
+    """Ten scored rows of which `exact` are right; just what the rules look at."""
+    from slm.evaluate import Score
+    from slm.export.parity import Scored
+
+    class File:
+        size_mb = size
+
+    scores = [
+        Score(
+            row_id=str(n), value=float(n < exact), fields={}, parsed={}, lenient_parsed={}, expected={}, stage=None,
+            exact=n < exact, critical_ok=True, finish_reason="length" if n < endless else "stop",
+        )
+        for n in range(10)
+    ]  # fmt: skip
+    return Scored(name, way, 1.05, scores, {}, File())
+
+
+def test_a_drop_is_attributed_to_the_stage_that_caused_it():
+    """Guards against blaming quantization for a tokenizer, or a template for weights."""
+    from slm.export.parity import IDS, MESSAGES, TEXT, attribute
+
+    def verdict(a, b, c, shipped):
+        return attribute(fake(), [fake(IDS, a), fake(TEXT, b), fake(MESSAGES, c)], fake(exact=shipped), 1).split(":")[0]
+
+    assert verdict(5, 5, 5, 5) == "weights"
+    assert verdict(10, 5, 5, 5) == "tokenizer"
+    assert verdict(9, 10, 5, 5) == "chat template"
+    assert verdict(10, 9, 10, 8) == "sampling"
+    assert verdict(9, 9, 9, 9) == "equal"
+
+
+def test_the_smallest_file_that_holds_is_chosen():
+    """Guards against shipping the smallest file whatever it scores, or one that never stops."""
+    from slm.export.parity import choose
+
+    f16, q8, q4 = fake(), fake(exact=9, name="q8_0", size=50), fake(exact=8, name="q4_k_m", size=25)
+    endless = fake(endless=3, name="q5_k_m", size=10)
+    assert choose(fake(), [f16, q8, q4, endless], 1).name == "q8_0"
+    assert choose(fake(), [q4, endless], 1) is None
+
+
+def test_repetition_is_counted():
+    """Guards against loops that stop at the token limit and look like long answers."""
+    from slm.export.parity import LOOP
+
+    assert LOOP.search('{"a": ' + "very " * 6) and not LOOP.search('{"a":"red","b":"red","c":null,"d":null}')
+
+
+def test_release_writes_the_bundle_and_the_root_files(project, scored, monkeypatch):
+    """Guards against a root Modelfile without its run or file, and checksums that do not match."""
+    from slm import registry
+    from slm.export import bundle, tokens
+    from slm.report import model_card
+
+    def card(settings, contract, run_id, export):
+        settings.path("model_card.md").write_text(f"card of {run_id}: {export['chosen']}\n")
+        return settings.path("model_card.md")
+
+    monkeypatch.setattr(model_card, "write", card)
+    settings, merged, files = project
+    proofs = [tokens.prove_tokens(merged, f.path, chats()) for f in files]
+    report = bundle.write_report(settings, CONTRACT, proofs, *scored)
+    assert report["chosen"] in ("f16", "q8_0"), report["verdict"]
+    bundle.release(settings, CONTRACT, merged, report)
+    folder, chosen = settings.path("outputs/gguf/t"), report["chosen"]
+    for line in (folder / "checksums.txt").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert registry.file_hash(folder / name) == digest
+    assert f"FROM ./model-{chosen}.gguf\n" in (folder / "Modelfile").read_text()
+    root = settings.path("Modelfile").read_text()
+    assert root.startswith("# run t:") and f"FROM ./outputs/gguf/t/model-{chosen}.gguf\n" in root
+    assert (folder / "model_card.md").read_text() == f"card of t: {chosen}\n" and (folder / "export.png").stat().st_size > 5000
+    record = registry.latest(settings, "runs", stage="export")
+    assert record["chosen"] == chosen and set(record["files"]) >= {"model-f16.gguf", "Modelfile", "export.json"}
+
+
+def test_nothing_is_released_when_no_file_holds(project, tmp_path):
+    """Guards against a Modelfile for a file that lost its score."""
+    from slm.export.bundle import release
+
+    with pytest.raises(SlmError, match="Nothing is released"):
+        release(project[0], CONTRACT, project[1], {"chosen": None, "verdict": "no file holds."})
+
+
+TEMPLATES = {  # written from the documented formats
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}<|im_start|>user\n{{ .Prompt }}<|im_end|>\n"
+        "<|im_start|>assistant\n{{ .Response }}<|im_end|>\n",
+    ),
+    "llama3": (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "{{ if .System }}<|start_header_id|>system<|end_header_id|>\n\n{{ .System }}<|eot_id|>{{ end }}"
+        "<|start_header_id|>user<|end_header_id|>\n\n{{ .Prompt }}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "{{ .Response }}<|eot_id|>",
+    ),
+    "gemma": (
+        "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+        "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}<start_of_turn>"
+        "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ first if loop.first else '' }}{{ m.content | trim }}<end_of_turn>\n"
+        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "{{ if .System }}<start_of_turn>user\n{{ .System }}\n\n{{ else }}<start_of_turn>user\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
+        "<start_of_turn>model\n{{ .Response }}<end_of_turn>\n",
+    ),
+    "phi": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "{{ if .System }}<|system|>{{ .System }}<|end|>{{ end }}<|user|>{{ .Prompt }}<|end|><|assistant|>{{ .Response }}<|end|>",
+    ),
+    "mistral": (
+        "{% if messages[0].role == 'system' %}{% set s = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}{% else %}"
+        "{% set s = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
+        "[INST] {{ s if loop.last else '' }}{{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+        "{{ if .System }}[INST] {{ .System }}\n\n{{ else }}[INST] {{ end }}{{ .Prompt }}[/INST]{{ .Response }}</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_modelfile_template_is_the_chat_template(project, name):
+    """Guards against a Go template that renders another prompt than training did, in each of the five families."""
+    from transformers import AutoTokenizer
+
+    from slm.export.modelfile import check_template, family, read_turn
+
+    tokenizer = AutoTokenizer.from_pretrained(project[1])
+    tokenizer.chat_template, expected = TEMPLATES[name]
+    assert family(tokenizer.chat_template) == name and read_turn(tokenizer).go == expected
+    assert check_template(tokenizer, [CONTRACT.messages(row)[:-1] for row in ROWS]) == len(ROWS)
+
+
+@pytest.mark.parametrize("template, problem", [
+    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes, moves or repeats"),
+    ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}", "no system role"),
+])  # fmt: skip
+def test_template_that_fits_no_modelfile_is_refused(project, template, problem):
+    """Guards against a Modelfile that silently drops the system prompt or changes the text."""
+    from transformers import AutoTokenizer
+
+    from slm.export.modelfile import read_turn
+
+    tokenizer = AutoTokenizer.from_pretrained(project[1])
+    tokenizer.chat_template = template
+    with pytest.raises(SlmError, match=problem):
+        read_turn(tokenizer)
+
+
+def test_modelfile_carries_prompt_parameters_and_stop(project):
+    """Guards against Ollama's own defaults (temperature 0.8, repeat_penalty 1.1) and a missing stop token."""
+    from transformers import AutoTokenizer
+
+    from slm.export.modelfile import render_modelfile
+
+    text = render_modelfile(project[0], CONTRACT, AutoTokenizer.from_pretrained(project[1]), "./model-q8_0.gguf")
+    assert 'SYSTEM """Name the colour. JSON only."""' in text and 'PARAMETER stop "<|im_end|>"' in text
+    assert "PARAMETER temperature 0\nPARAMETER top_p 1\nPARAMETER repeat_penalty 1.05\n" in text
+    assert "SmolLM, trained by" not in text
+
+
+def test_thinking_switch_is_off_in_what_is_shipped(project):
+    """Guards against a runtime that asks a plain-answer model to think, having no such switch."""
+    from transformers import AutoTokenizer
+
+    from slm.export.merge import pin_template
+
+    tokenizer = AutoTokenizer.from_pretrained(project[1])
+    tokenizer.chat_template = "{% if enable_thinking is defined and enable_thinking is false %}off{% else %}on{% endif %}"
+    pin_template(tokenizer)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "off"
+
+
+def test_committed_modelfile_belongs_to_the_default_base():
+    """Guards against a root Modelfile that Ollama cannot read before the first export has replaced it."""
+    text = Path("Modelfile").read_text(encoding="utf-8")
+    assert text.count('"""') == 4 and "\nFROM ./outputs/gguf/" in text and "PARAMETER temperature 0\n" in text
