@@ -17,9 +17,10 @@ def task_text(contract):
 
 # %% ../notebooks/03_generate.ipynb #export-fewshot
 def fewshot(contract, seed_rows):
-    """The better prompt of the base model: the task in full, then solved examples. Messages without the last question."""
+    """The better prompt of the base model: the task and its fields, then solved examples. Messages without the last question."""
     rules = "Copy names and numbers exactly. Use only the allowed values. Answer with the JSON value and nothing else."
-    messages = [{"role": "system", "content": f"{task_text(contract)}\n\n{rules}"}]
+    goal = contract.brief.get("goal", "")
+    messages = [{"role": "system", "content": f"{contract.system_prompt}\n{goal}\n\n{contract.outline}\n\n{rules}"}]
     for row in seed_rows:
         messages += [{"role": m.role, "content": m.content} for m in row.messages if m.role != "system"]
     return messages

@@ -170,3 +170,11 @@ def test_a_changed_locked_set_stops_the_run(project):
     write_text(settings.path("data/eval/golden.jsonl"), "edited\n")
     with pytest.raises(SlmError, match=r"golden\.jsonl: changed"):
         registry.lock_sets(settings)
+
+
+def test_the_outline_names_every_field_and_value():
+    """Guards against a better prompt that leaves out what an answer may be."""
+    values = [v for row in read_rows("data/raw/seed.jsonl") for v in contract.flatten(json.loads(row.answer)).items()]
+    assert all(name.split(".")[-1] in contract.outline for name, _ in values)
+    assert all(row_label in contract.outline for row_label in {v for k, v in values if k == contract.label_field})
+    assert len(contract.outline) < len(json.dumps(contract.schema))

@@ -153,8 +153,9 @@ def curate(settings, contract, checks: list[Callable], count_tokens: Callable, h
     result, steps, values = judge(candidates, settings, contract, checks, count_tokens, sets, hidden)
     accepted = [_canonical(result[n].row, contract.dump(value), contract.label(value)) for n, value in values.items()]
     rejected = [c for c in result if c.verdict is not None]
-    if len(candidates) != len(accepted) + len(rejected):
-        raise SlmError(f"{len(candidates)} rows in, {len(accepted)} accepted, {len(rejected)} rejected: rows were lost.")
+    a, r, total = len(accepted), len(rejected), len(candidates)
+    if total != a + r:
+        raise SlmError(f"{total} rows in, {a} accepted, {r} rejected: rows were lost.")
     _write_rejected(settings, files, rejected)
     if not accepted:
         raise SlmError(f"all {len(rejected)} rows were refused; read data/rejected, then mend the prompt or the gates.")

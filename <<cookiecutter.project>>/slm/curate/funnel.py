@@ -26,7 +26,7 @@ def plot_funnel(steps: list[dict], path: Path) -> Path:
 
 
 def planted_table(faults: list[dict], candidates: list):
-    """One line per planted fault {"id", "fault", "gate", "twin"?}: which gate should catch it, which did, and the result."""
+    """One line per planted fault {"id", "fault", "gate", "twin"?}: the gate that should catch it, the one that did."""
     import pandas as pd
 
     found = {c.row.id: c for c in candidates if c.row is not None}
@@ -43,5 +43,5 @@ def planted_table(faults: list[dict], candidates: list):
             state = "caught" if own else "caught: twin refused"
         else:
             state = "NOT CAUGHT" if fault.get("twin", fault["id"]) in found else "twin not in this run"
-        lines.append({"id": fault["id"], "fault": fault["fault"], "expected": fault["gate"], "gate": gate, "result": state})
+        lines.append((fault["id"], fault["fault"], fault["gate"], gate, state))
     return pd.DataFrame(lines, columns=["id", "fault", "expected", "gate", "result"])

@@ -52,7 +52,7 @@ def read_answers(rows: list[Row], contract) -> tuple[Verdicts, list[dict | None]
 
 
 def leaked(rows: list[Row], hidden: list[str] = ()) -> Verdicts:
-    """Gate 4: no trace of the making. `hidden` are texts (generation prompt) of which 7 words in a row may not appear."""
+    """Gate 4: no trace of the making. Of `hidden` texts (prompts) no 7 words in a row may appear."""
     secret = {run for text in hidden for run in _runs(text)}
     verdicts = []
     for row in rows:
@@ -83,7 +83,8 @@ def trivial(rows: list[Row], min_words: int, names: frozenset[str] = frozenset()
             shape = skeleton(text, names)
             twin = seen.setdefault(shape, row)
             if twin is not row and words(text_of(twin)) != found:
-                verdict = Verdict("trivial", "the same sentence with other numbers or names", {"twin": twin.id, "skeleton": shape})
+                evidence = {"twin": twin.id, "skeleton": shape}
+                verdict = Verdict("trivial", "the same sentence with other numbers or names", evidence)
         verdicts.append(verdict)
     return verdicts
 
@@ -98,7 +99,7 @@ def too_long(rows: list[Row], contract, count_tokens: Callable, limit: int) -> V
 
 
 def checked(rows: list[Row], values: list[dict], checks: list[Callable]) -> Verdicts:
-    """The user's own checks: `check(row, value)` gives a reason to refuse, or None. Raises SlmError when one crashes."""
+    """The user's own checks: `check(row, value)` gives a reason to refuse, or None. A crash raises SlmError."""
     verdicts = []
     for row, value in zip(rows, values, strict=True):
         verdict = None
@@ -106,8 +107,8 @@ def checked(rows: list[Row], values: list[dict], checks: list[Callable]) -> Verd
             try:
                 reason = check(row, value)
             except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
-                raise SlmError(f"task/checks.py: {check.__name__} crashed on row {row.id} ({problem}); mend it in 04.") from error
+                problem = f"{check.__name__} crashed on row {row.id} ({type(error).__name__}: {error})"
+                raise SlmError(f"task/checks.py: {problem}; mend it in 04.") from error
             if reason:
                 verdict = Verdict("check", reason, {"check": check.__name__})
                 break

@@ -60,8 +60,9 @@ def record_dataset(settings, path: Path, split: dict, parents: dict, gates: list
     if last and last["version"] == version and last["split"] == split and last["parents"] == parents:
         return last
     record = {
-        "version": version, "previous": last["version"] if last else None, "file": str(Path(path).relative_to(settings.root)),
-        "rows": len(rows), "parents": parents, "counts": counts(rows), "gates": gates, "split": split,
+        "version": version, "previous": last["version"] if last else None,
+        "file": str(Path(path).relative_to(settings.root)), "rows": len(rows), "parents": parents,
+        "counts": counts(rows), "gates": gates, "split": split,
         "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash,
     }  # fmt: skip
     return registry.append(settings, "datasets", record)

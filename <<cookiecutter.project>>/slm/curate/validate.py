@@ -50,5 +50,6 @@ def _readable(path: Path) -> list[Row]:
     candidates = list(read_candidates(path))
     for c in candidates:
         if c.verdict:
-            raise SlmError(f"{c.place}: {c.verdict.reason}; run scripts/validate_jsonl.py {path} and mend the file first.")
+            hint = f"run scripts/validate_jsonl.py {path} and mend the file first"
+            raise SlmError(f"{c.place}: {c.verdict.reason}; {hint}.")
     return [c.row for c in candidates]

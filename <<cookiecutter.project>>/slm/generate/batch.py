@@ -122,11 +122,10 @@ class _Batch:
 
     def add(self, rows: list[Row], unread: list[tuple[str, str]] = (), **facts) -> None:
         """Append rows that are not held yet, with `facts` in their provenance, and note the unread text."""
-        facts |= {"batch": self.path.stem}
-        fresh = {
-            r.id: r.model_copy(update={"meta": r.meta.model_copy(update={"provenance": {**r.meta.provenance, **facts}})})
-            for r in rows if r.id not in self.known
-        }  # fmt: skip
+        fresh = {}
+        for row in (r for r in rows if r.id not in self.known):
+            provenance = {**row.meta.provenance, **facts, "batch": self.path.stem}
+            fresh[row.id] = row.model_copy(update={"meta": row.meta.model_copy(update={"provenance": provenance})})
         self.known |= fresh.keys()
         self.result.rows += fresh.values()
         self.result.unread += unread

@@ -79,7 +79,7 @@ def quotas(settings, contract) -> dict[tuple[str, str, str], int]:
     exact = {cell: target * KIND_SHARES[cell[1]] / len(labels) / len(DIFFICULTIES) for cell in cells}
     whole = {cell: int(share) for cell, share in exact.items()}
     # Largest remainder; equal remainders fall by hash, so that a small target still touches every category.
-    order = sorted(cells, key=lambda cell: (whole[cell] - exact[cell], hashlib.sha256("|".join(cell).encode()).digest()))
+    order = sorted(cells, key=lambda c: (whole[c] - exact[c], hashlib.sha256("|".join(c).encode()).digest()))
     for cell in order[: target - sum(whole.values())]:
         whole[cell] += 1
     return whole
@@ -117,11 +117,9 @@ def grid(settings, contract, by: str = "category"):
     import pandas as pd
 
     have = Counter(map(_cell, held(settings)))
-    lines = [
-        {"category": c, "kind": k, "difficulty": d, "wanted": n, "held": have[c, k, d], "missing": max(0, n - have[c, k, d])}
-        for (c, k, d), n in quotas(settings, contract).items()
-    ]
-    table = pd.DataFrame(lines).groupby(by, sort=False)[["wanted", "held", "missing"]].sum()
+    lines = [(*cell, n, have[cell], max(0, n - have[cell])) for cell, n in quotas(settings, contract).items()]
+    columns = ["category", "kind", "difficulty", "wanted", "held", "missing"]
+    table = pd.DataFrame(lines, columns=columns).groupby(by, sort=False)[["wanted", "held", "missing"]].sum()
     table.loc["all"] = table.sum()
     return table
 

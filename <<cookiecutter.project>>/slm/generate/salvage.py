@@ -24,8 +24,8 @@ def objects(text: str) -> tuple[list[dict], list[tuple[str, str]]]:
         except (ValueError, RecursionError) as error:
             end = text.find("\n", start)
             end = len(text) if end < 0 else end
-            reason = "cut off" if not text[end:].strip() and not text[start:end].rstrip().endswith("}") else f"not JSON: {error}"
-            unread.append((reason, text[start:end]))
+            cut_off = not text[end:].strip() and not text[start:end].rstrip().endswith("}")
+            unread.append(("cut off" if cut_off else f"not JSON: {error}", text[start:end]))
             at = end
     return [value for value in found if isinstance(value, dict)], unread
 

@@ -42,7 +42,8 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(path, timeout=60, check_same_thread=False)
         self.db.execute(
-            "CREATE TABLE IF NOT EXISTS replies (n INTEGER PRIMARY KEY, key TEXT, job TEXT, text TEXT, finish TEXT, used INT)"
+            "CREATE TABLE IF NOT EXISTS replies"
+            " (n INTEGER PRIMARY KEY, key TEXT, job TEXT, text TEXT, finish TEXT, used INT)"
         )
 
     def put(self, job: Job, text: str, finish: str) -> None:

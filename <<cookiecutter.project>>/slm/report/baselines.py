@@ -11,7 +11,8 @@ from slm.report import plots, tables
 from slm.rows import Row, write_text
 
 _USES = {
-    "dev": "every experiment", "test": "once, at the end", "adversarial": "robustness, safety", "golden": "release decision",
+    "dev": "every experiment", "test": "once, at the end", "adversarial": "robustness, safety",
+    "golden": "release decision",
 }  # fmt: skip
 _MEANING = {
     "field_f1": "Per row the share of fields exactly right, 0 when the answer breaks the schema; averaged over rows.",
@@ -46,8 +47,9 @@ def eval_plan(settings, contract: Contract, sets: dict[str, list[Row]], results:
     if len(best) > 1:
         sd, source = spread(best[0].scores, best[1].scores), f"{best[0].name} against {best[1].name} on dev"
     sizes = [
-        {"set": n, "rows": len(rows), "detectable difference": f"{detectable_difference(len(rows), sd, own.confidence):.3f}",
-         "used for": _USES[n]} for n, rows in sets.items()
+        {"set": n, "rows": len(rows),
+         "detectable difference": f"{detectable_difference(len(rows), sd, own.confidence):.3f}", "used for": _USES[n]}
+        for n, rows in sets.items()
     ]  # fmt: skip
     text = f"""# Evaluation plan: {contract.name}
 

@@ -81,7 +81,7 @@ def build(
 
 
 def verdict(contract: Contract, mine: Result, pairs: dict[str, Comparison]) -> str:
-    """One sentence: does the fine-tuned model beat the best baseline by more than noise, and does it reach the target?"""
+    """One sentence: does the model beat the best baseline by more than noise, and does it reach the target?"""
     best = max(pairs, key=lambda key: pairs[key].baseline)
     gain, score = pairs[best].difference, mine.metrics[contract.primary_metric]
     reached = "reached" if score.value >= contract.target else "not reached"
@@ -101,7 +101,7 @@ def verdict(contract: Contract, mine: Result, pairs: dict[str, Comparison]) -> s
 
 
 def write(settings, contract: Contract, report: dict, candidate: Sequence[Result], baselines: Sequence[Result]) -> Path:
-    """Write eval_report.json, eval_report.md and the plots into the run's folder, and the run's record; the .md's path."""
+    """Write eval_report.json, eval_report.md, the plots and the run's record; returns the path of the .md."""
     out, name = report_file(settings, settings.run_id).parent, contract.primary_metric
     found = by_set([*baselines, *candidate])
     shown = found[report["headline_set"]]

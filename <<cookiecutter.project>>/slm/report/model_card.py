@@ -144,8 +144,8 @@ def _method(train: dict | None) -> str:
     return (
         f"{what} with {train['trainer']}{size}; learning rate {r['learning_rate']:g}, {m['steps']} steps "
         f"({m['epochs']:g} epochs), loss on the answer only. Dev loss {m['dev_loss_first']:.3f} before, "
-        f"{m['dev_loss_best']:.3f} at its best. {train['seconds'] / 60:.1f} minutes on {train['device']}, seed {r['seed']}. "
-        "No preference optimization (DPO, GRPO) is part of this record."
+        f"{m['dev_loss_best']:.3f} at its best. {train['seconds'] / 60:.1f} minutes on {train['device']}, "
+        f"seed {r['seed']}. No preference optimization (DPO, GRPO) is part of this record."
     )
 
 
