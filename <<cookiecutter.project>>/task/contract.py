@@ -57,8 +57,9 @@ contract = Contract(
     output=Triage,
     system_prompt="Triage the customer message. Answer with JSON only.",
     critical=("category", "priority", "order_id"),
-    primary_metric="field_f1",
-    target=0.85,
+    # A ticket with one wrong field is moved by hand, so whole records count; a mean over fields would let the easy ones hide it.
+    primary_metric="exact_match",
+    target=0.6,
     label_field="category",
     null_label="not_support",
     brief={

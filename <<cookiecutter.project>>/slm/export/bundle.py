@@ -1,16 +1,17 @@
 """What a user takes away: export.json and its plot, then Modelfile, checksums, model card, and the record of the run."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.export import parity
-from slm.export.modelfile import check_template, family, write_modelfile
+from slm.export.modelfile import check_template, family, render_modelfile
 from slm.export.parity import Scored
 from slm.export.quantize import gguf_folder
-from slm.export.tokens import TokenProof, as_records
+from slm.export.tokens import TokenProof
 from slm.rows import write_json, write_text
 
 
@@ -18,10 +19,8 @@ def write_report(
     settings, contract: Contract, proofs: Sequence[TokenProof], reference: Scored, paths: Sequence[Scored],
     shipped: Sequence[Scored],
 ) -> dict:  # fmt: skip
-    """Choose a file and write export.json and export.png to outputs/gguf/<run_id>; returns the report.
-
-    `chosen` is the quant of the smallest file that holds, or None; `verdict` says it in one sentence.
-    """
+    """Choose a file and write export.json and export.png to outputs/gguf/<run_id>; returns the report. `chosen` is
+    the quant of the smallest file that holds, or None; `verdict` says it in one sentence."""
     import llama_cpp
 
     tolerance, folder = settings.export.tolerance_rows, gguf_folder(settings)
@@ -32,13 +31,11 @@ def write_report(
         "run_id": settings.run_id, "base": settings.model.base, "settings": settings.hash, "contract": contract.schema_hash,
         "runtime": f"llama-cpp-python {llama_cpp.__version__}", "chosen": best.name if best else None,
         "verdict": _verdict(best, reference, cause, tolerance), "attribution": cause, "tolerance_rows": tolerance,
-        "rows": len(reference.scores), "sampling": {
-            "temperature": settings.export.temperature, "top_p": settings.export.top_p,
-            "repeat_penalty": settings.export.repeat_penalty,
-        },
+        "rows": len(reference.scores),
+        "sampling": settings.export.model_dump(include={"temperature", "top_p", "repeat_penalty"}),
         "files": parity.table(settings, contract, reference, shipped),
         "paths": parity.table(settings, contract, reference, paths)[1:],
-        "tokens": as_records(proofs), "made": {
+        "tokens": [asdict(proof) for proof in proofs], "made": {
             one.name: {
                 "file": one.file.path.name, "bytes": one.file.path.stat().st_size, "sha256": registry.file_hash(one.file.path),
                 "seconds": round(one.file.seconds, 1), "tensors": one.file.tensors,
@@ -54,7 +51,6 @@ def write_report(
 
 def release(settings, contract: Contract, merged: Path, report: dict) -> list[Path]:
     """Write Modelfile, model card and checksums for a proven export, here and in the project's root; record the run.
-
     Raises SlmError when no file held, or when the Modelfile's template is not the tokenizer's on every golden prompt.
     """
     from transformers import AutoTokenizer
@@ -68,30 +64,31 @@ def release(settings, contract: Contract, merged: Path, report: dict) -> list[Pa
     checked = check_template(tokenizer, [contract.messages(row)[:-1] for row in parity.golden_rows(settings)])
     file = report["made"][report["chosen"]]["file"]
     note = f"run {run}: {report['chosen']}, {report['rows']} golden rows, template checked on {checked}"
-    write_modelfile(settings, contract, merged, f"./{file}", folder / "Modelfile", note)
+    write_text(folder / "Modelfile", render_modelfile(settings, contract, tokenizer, f"./{file}", note))
     card = model_card.write(settings, contract, run, report)
     write_text(folder / "model_card.md", card.read_text(encoding="utf-8"))
-    sums = "".join(f"{registry.file_hash(f)}  {f.name}\n" for f in _bundle(folder))
-    write_text(folder / "checksums.txt", sums)
-    write_modelfile(settings, contract, merged, f"./outputs/gguf/{run}/{file}", settings.path("Modelfile"), note)
+    names = ("Modelfile", "export.json", "export.png", "model_card.md")
+    files = [*sorted(folder.glob("model-*.gguf")), *(folder / name for name in names)]
+    sums = "".join(f"{registry.file_hash(f)}  {f.name}\n" for f in files)
+    files.append(write_text(folder / "checksums.txt", sums))
+    text = render_modelfile(settings, contract, tokenizer, f"./outputs/gguf/{run}/{file}", note)
+    write_text(settings.path("Modelfile"), text)
     train = registry.latest(settings, "runs", stage="train", status="completed", run_id=run)
     registry.append(settings, "runs", {
         "stage": "export", "run_id": run, "status": "completed", "profile": settings.profile, "settings": settings.hash,
         "parents": {"train": train["hash"] if train else None, "base": settings.model.base, "contract": contract.schema_hash},
         "runtime": report["runtime"], "chat_template": family(tokenizer.chat_template), "chosen": report["chosen"],
         "verdict": report["verdict"], "metrics": {name: made["primary"] for name, made in report["made"].items()},
-        "files": {f.name: registry.file_hash(f) for f in [*_bundle(folder), folder / "checksums.txt"]},
+        "files": {f.name: registry.file_hash(f) for f in files},
     })  # fmt: skip
-    return [*_bundle(folder), folder / "checksums.txt"]
+    return files
 
 
 def plot(contract: Contract, reference: Scored, shipped: Sequence[Scored], path: Path) -> Path:
     """Score with interval against size, and speed, per file; the adapter's score as a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     score, speed = figure.subplots(1, 2, gridspec_kw={"width_ratios": [3, 2]})
     name, best = contract.primary_metric, reference.metrics[contract.primary_metric]
     found = [one.metrics[name] for one in shipped]
@@ -109,7 +106,6 @@ def plot(contract: Contract, reference: Scored, shipped: Sequence[Scored], path:
     speed.set(xlabel="generated tokens per second", title="speed of a lone request")
     for axes in (score, speed):
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
@@ -120,8 +116,3 @@ def _verdict(best: Scored | None, reference: Scored, cause: str, tolerance: int)
         why = "the smaller files lose too much; add a larger quant to export.quants" if cause == "equal" else cause
         return f"no file holds within {tolerance} of {n} golden rows: {why}."
     return f"{best.name} holds: {best.exact} of {n} golden rows exactly right, the adapter {reference.exact} (tolerance {tolerance})."
-
-
-def _bundle(folder: Path) -> list[Path]:
-    names = ("Modelfile", "export.json", "export.png", "model_card.md")
-    return [*sorted(folder.glob("model-*.gguf")), *(folder / name for name in names)]

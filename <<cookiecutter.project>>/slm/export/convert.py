@@ -1,8 +1,6 @@
 """Hugging Face folder to f16 GGUF with llama.cpp's own converter, of the very release that the runtime was built from."""
 
-import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -10,42 +8,32 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from filelock import FileLock
+
 from slm.errors import SlmError
-from slm.export.files import require_space, weight_bytes, whole_file
+from slm.export.files import require_space, weight_bytes, whole
+from slm.models.embedded import cache_home
 
 SCRIPT = "convert_hf_to_gguf.py"
 PARTS = (SCRIPT, "conversion/", "gguf-py/gguf/", "LICENSE")
 
 
-def converter_home() -> Path:
-    """Where the converter of the installed llama-cpp-python lies once fetched. Raises SlmError without the package."""
-    from slm.models.embedded import cache_home
-
-    try:
-        return cache_home() / f"llama.cpp-{version('llama-cpp-python')}"
-    except PackageNotFoundError:
-        raise SlmError("llama-cpp-python is not installed; run `make setup`.") from None
-
-
 def fetch_converter() -> Path:
     """Take the converter out of llama-cpp-python's source archive (the wheel lacks it), once; returns its folder.
-
-    Needs the package index the first time (`make setup` does it), nothing afterwards.
+    Needs the package index the first time (`make setup` does it), nothing afterwards. Raises SlmError without either.
     """
-    from filelock import FileLock
-
-    home = converter_home()
+    try:
+        package = f"llama-cpp-python=={version('llama-cpp-python')}"
+    except PackageNotFoundError:
+        raise SlmError("llama-cpp-python is not installed; run `make setup`.") from None
+    home = cache_home() / f"llama.cpp-{package.partition('==')[2]}"
     if (home / SCRIPT).is_file():
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{home}.lock", timeout=600):
         if not (home / SCRIPT).is_file():
-            work = Path(tempfile.mkdtemp(dir=home.parent))
-            try:
-                extract(_download(work / "sdist"), work / "out")
-                os.replace(work / "out", home)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=home.parent) as work:
+                os.replace(extract(_download(package, Path(work) / "sdist"), Path(work) / "out"), home)
     return home
 
 
@@ -68,7 +56,7 @@ def convert(folder: Path, target: Path, name: str = "model") -> Path:
     require_space(target.parent, int(weight_bytes(folder) * 1.1), "the f16 GGUF")
     env = {k: v for k, v in os.environ.items() if k not in ("NO_LOCAL_GGUF", "PYTHONPATH")}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with whole_file(target) as work:
+    with whole(target) as work:
         command = [sys.executable, str(script), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         if done.returncode or not work.is_file():
@@ -76,8 +64,7 @@ def convert(folder: Path, target: Path, name: str = "model") -> Path:
     return target
 
 
-def _download(folder: Path) -> Path:
-    package = f"llama-cpp-python=={version('llama-cpp-python')}"
+def _download(package: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-binary", "llama-cpp-python", "--dest", str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -95,18 +82,8 @@ def _last_words(text: str) -> str:
     return " | ".join(lines[-3:]) or "no message"
 
 
-def main() -> int:
-    """`python -m slm.export.convert --fetch`: put the converter into the cache, so that a run needs no network."""
-    parser = argparse.ArgumentParser(description="Fetch the GGUF converter into the cache.")
-    parser.add_argument("--fetch", action="store_true", required=True)
-    parser.parse_args()
+if __name__ == "__main__":  # `python -m slm.export.convert --fetch`, so that no later run needs a network
     try:
         print(f"GGUF converter: {fetch_converter()}")
     except SlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        raise SystemExit(f"error: {error}") from None

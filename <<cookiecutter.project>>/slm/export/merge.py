@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from slm.errors import SlmError
-from slm.export.files import require_space, weight_bytes, whole_folder
+from slm.export.files import require_space, weight_bytes, whole
+from slm.models import base_folder
+from slm.train.encode import generation_ends, render
 
 SENTINEL = "Zq7xAnswerZq7x"
 
@@ -30,11 +32,8 @@ def adapter_folder(settings) -> Path:
 
 def merge(settings) -> Path:
     """Merge the run's adapter into the base in bfloat16; returns outputs/merged/<run_id> (safetensors and tokenizer).
-
-    Raises SlmError for a 4-bit base, an adapter of another model, an end token that changed, or too little disk space.
-    """
-    from slm.models import base_folder
-
+    Raises SlmError for a 4-bit base, an adapter of another model, an end token that changed, or too little disk
+    space."""
     target = settings.path(f"outputs/merged/{settings.run_id}")
     merge_folders(base_folder(settings), adapter_folder(settings), target)
     return target
@@ -43,6 +42,7 @@ def merge(settings) -> Path:
 def merge_folders(base: Path, adapter: Path, target: Path) -> Path:
     """Merge `adapter` into `base` and write the result to `target`, all or nothing."""
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
@@ -50,14 +50,18 @@ def merge_folders(base: Path, adapter: Path, target: Path) -> Path:
         raise SlmError(f"{base}: a quantized base; a merge into it differs from what was trained. Set model.base to 16-bit weights.")
     require_space(target.parent, int(weight_bytes(base) * 1.05), "the merged model")
     is_adapter = (adapter / "adapter_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(adapter if _has_tokenizer(adapter) else base)
+    tokenizer = AutoTokenizer.from_pretrained(adapter if (adapter / "tokenizer_config.json").is_file() else base)
     model = AutoModelForCausalLM.from_pretrained(base if is_adapter else adapter, dtype=torch.bfloat16)
     if is_adapter:
-        model = _apply(model, adapter)
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+        except (RuntimeError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise SlmError(f"{adapter}: does not fit the base model ({why}); merge into the base it was trained on.") from None
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise SlmError(f"{adapter}: its tokenizer has {len(tokenizer)} tokens, the model fewer; it belongs to another base.")
     pin_template(tokenizer)
-    with whole_folder(target) as work:
+    with whole(target) as work:
         model.save_pretrained(work, max_shard_size="4GB")
         tokenizer.save_pretrained(work)
         complete_tokenizer(tokenizer, Path(base), work)
@@ -75,13 +79,9 @@ def complete_tokenizer(tokenizer, base: Path, folder: Path) -> None:
     """Write what the GGUF converter reads and transformers 5 no longer saves: special-token types, tokenizer.model."""
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["added_tokens_decoder"] = {
-        str(number): {
-            "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized, "rstrip": token.rstrip,
-            "single_word": token.single_word, "special": token.special,
-        }
-        for number, token in sorted(tokenizer.added_tokens_decoder.items())
-    }  # fmt: skip
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    config["added_tokens_decoder"] = {str(n): {name: getattr(token, name) for name in names} for n, token in added}
     file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     if (base / "tokenizer.model").is_file() and not (folder / "tokenizer.model").exists():
         shutil.copy(base / "tokenizer.model", folder)
@@ -89,29 +89,22 @@ def complete_tokenizer(tokenizer, base: Path, folder: Path) -> None:
 
 def read_ends(folder: Path) -> Ends:
     """The end tokens of a checkpoint folder."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    try:
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:  # a checkpoint without generation_config.json
-        ends = None
-    ends = ends if isinstance(ends, list) else [ends]
-    return Ends(tokenizer.eos_token_id, tuple(sorted(e for e in ends if e is not None)), turn_end(tokenizer))
+    return Ends(tokenizer.eos_token_id, tuple(sorted(generation_ends(folder))), turn_end(tokenizer))
 
 
 def turn_end(tokenizer) -> int | None:
     """The first special token that the chat template puts after an answer; None when there is none."""
-    from slm.train.encode import render
-
     text = render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}])
     tail = tokenizer(text.rpartition(SENTINEL)[2], add_special_tokens=False)["input_ids"]
     special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     return next((token for token in tail if token in special), None)
 
 
-def check_ends(base: Path, merged: Path) -> Ends:
-    """The merged model's end tokens. Raises SlmError when they differ from the base's or leave the chat's turns open."""
+def check_ends(base: Path, merged: Path) -> None:
+    """Raises SlmError when the merged model's end tokens differ from the base's or leave the chat's turns open."""
     before, after = read_ends(base), read_ends(merged)
     if before != after:
         raise SlmError(
@@ -123,21 +116,6 @@ def check_ends(base: Path, merged: Path) -> Ends:
             f"{merged}: the chat template ends an answer with token {after.turn}, which neither the tokenizer nor the "
             f"generation config takes for an end ({_show(after)}); generation would never stop."
         )
-    return after
-
-
-def _apply(model, adapter: Path):
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise SlmError(f"{adapter}: does not fit the base model ({first}); merge it into the base that it was trained on.") from None
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file()
 
 
 def _show(ends: Ends) -> str:

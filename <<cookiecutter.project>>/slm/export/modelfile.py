@@ -1,9 +1,10 @@
 """The Modelfile: what the chat template renders, as Go template; the contract's system prompt; the parameters that were evaluated."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from slm.errors import SlmError
+from slm.export.merge import turn_end
+from slm.train.encode import render
 
 MARKERS = {
     "chatml": "<|im_start|>", "llama3": "<|start_header_id|>", "gemma": "<start_of_turn>", "phi": "<|end|>", "mistral": "[INST]"
@@ -13,10 +14,8 @@ SYSTEM, USER, USER2, ANSWER = "Zq7xSystemZq7x", "Zq7xUserZq7x", "Zq7xSecondZq7x"
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a chat template in pieces.
-
-    With a system prompt: `head` SYSTEM `middle` USER `reply` ANSWER `end`; without: `plain` USER `reply` ANSWER `end`.
-    """
+    """One turn of a chat template in pieces. With a system prompt: `head` SYSTEM `middle` USER `reply` ANSWER `end`;
+    without: `plain` USER `reply` ANSWER `end`."""
 
     head: str
     middle: str
@@ -44,21 +43,14 @@ def family(template: str) -> str:
 
 
 def read_turn(tokenizer) -> Turn:
-    """Take a chat template apart by rendering it around marked contents.
-
-    Raises SlmError for a template that changes, moves or repeats the contents, since no Modelfile can say that.
-    """
-    from slm.train.encode import render
+    """Take a chat template apart by rendering it around marked contents. Raises SlmError for a template that changes,
+    moves or repeats the contents, since no Modelfile can say that."""
 
     def show(*turns: tuple[str, str], prompt: bool = True) -> str:
-        chat = [{"role": role, "content": content} for role, content in turns]
         try:
-            text = render(tokenizer, chat, add_generation_prompt=prompt)
+            return _render(tokenizer, [{"role": role, "content": content} for role, content in turns], prompt)
         except Exception as error:  # the template's own raise_exception, or any Jinja error
             raise SlmError(f"the chat template refuses {'+'.join(t[0] for t in turns)} messages: {error}.") from None
-        bos = tokenizer.bos_token
-        # The runtime adds BOS itself where the model has one; a template that writes it too would double it.
-        return text.removeprefix(bos) if bos and adds_bos(tokenizer) else text
 
     head, middle, reply = _cut(show(("system", SYSTEM), ("user", USER)), SYSTEM, USER)
     *_, end = _cut(show(("user", USER), ("assistant", ANSWER), prompt=False), USER, ANSWER)
@@ -71,60 +63,37 @@ def read_turn(tokenizer) -> Turn:
     return turn
 
 
-def adds_bos(tokenizer) -> bool:
-    """Whether the tokenizer, and so the GGUF made from it, puts a BOS token in front by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def stops(tokenizer, turn: Turn) -> list[str]:
-    """The texts that end an answer: the turn's end marker and the tokenizer's end token."""
-    from slm.export.merge import turn_end
-
-    marker = turn_end(tokenizer)
-    texts = [tokenizer.convert_ids_to_tokens(marker) if marker is not None else turn.end.strip(), tokenizer.eos_token]
-    return list(dict.fromkeys(text for text in texts if text))
-
-
 def check_template(tokenizer, chats: list[list[dict]]) -> int:
-    """Compare the Modelfile's template with the tokenizer's on the chats of one question; returns how many.
-
-    Raises SlmError with the first chat that differs.
-    """
-    from slm.train.encode import render
-
+    """Compare the Modelfile's template with the tokenizer's on the chats of one question; returns how many. Raises
+    SlmError with the first chat that differs."""
     turn = read_turn(tokenizer)
-    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
     lone = [chat for chat in chats if [m["role"] for m in chat] == ["system", "user"]]
     for number, chat in enumerate(lone, 1):
-        expected = render(tokenizer, chat, add_generation_prompt=True).removeprefix(bos)
         got = turn.render(chat[0]["content"], chat[-1]["content"])
-        if expected != got:
+        if got != _render(tokenizer, chat, True):
             raise SlmError(f"Modelfile: its template renders prompt {number} otherwise than the tokenizer does: {got[-120:]!r}.")
     return len(lone)
 
 
 def render_modelfile(settings, contract, tokenizer, model: str, note: str = "") -> str:
     """The Modelfile's text. `model` is the GGUF's path as seen from the Modelfile, `note` goes into the first line."""
-    turn, export = read_turn(tokenizer), settings.export
+    turn, marker, export = read_turn(tokenizer), turn_end(tokenizer), settings.export
     if '"""' in contract.system_prompt:
         raise SlmError('task/contract.py: system_prompt holds """, which a Modelfile cannot; write it otherwise.')
     lines = [f"# {line}" for line in note.splitlines() if line]
     lines += [f"FROM {model}", f'TEMPLATE """{turn.go}"""', f'SYSTEM """{contract.system_prompt}"""']
     lines += [f"PARAMETER temperature {export.temperature:g}", f"PARAMETER top_p {export.top_p:g}"]
     lines += [f"PARAMETER repeat_penalty {export.repeat_penalty:g}", f"PARAMETER num_ctx {export.context}"]
-    lines += [f'PARAMETER stop "{text}"' for text in stops(tokenizer, turn)]
+    ends = (turn.end.strip() if marker is None else tokenizer.convert_ids_to_tokens(marker), tokenizer.eos_token)
+    lines += [f'PARAMETER stop "{text}"' for text in dict.fromkeys(ends) if text]
     return "\n".join(lines) + "\n"
 
 
-def write_modelfile(settings, contract, merged: Path, model: str, path: Path, note: str = "") -> str:
-    """Render the Modelfile of a merged model and write it; returns its text."""
-    from transformers import AutoTokenizer
-
-    from slm.rows import write_text
-
-    text = render_modelfile(settings, contract, AutoTokenizer.from_pretrained(merged), model, note)
-    write_text(path, text)
-    return text
+def _render(tokenizer, chat: list[dict], prompt: bool) -> str:
+    text, bos = render(tokenizer, chat, add_generation_prompt=prompt), tokenizer.bos_token_id
+    # The runtime adds BOS itself where the model has one; a template that writes it too would double it.
+    doubled = bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
+    return text.removeprefix(tokenizer.bos_token) if doubled else text
 
 
 def _cut(text: str, *marks: str) -> list[str]:

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate import Metric, Score, measure, paired
-from slm.evaluate.scorers import answer_rows
+from slm.evaluate import Metric, Score, measure, paired, take
+from slm.evaluate.scorers import answer_rows, prompt_messages
+from slm.export.merge import adapter_folder
 from slm.export.quantize import GgufFile
-from slm.rows import Row
+from slm.models import Prompt, cached, student
+from slm.models.llama_cpp import LlamaCppModel
+from slm.registry import check_locked
+from slm.rows import Row, read_rows
+from slm.train.encode import render
 
 ADAPTER, MESSAGES, TEXT, IDS = "adapter", "messages", "rendered text", "token ids"
 LOOP = re.compile(r"(.{4,200}?)\1{3,}", re.DOTALL)
@@ -31,11 +36,6 @@ class Scored:
     def exact(self) -> int:
         """Rows that are exactly right."""
         return sum(s.exact for s in self.scores)
-
-    @property
-    def points(self) -> float:
-        """The sum of the row values of the primary metric."""
-        return sum(s.value for s in self.scores)
 
     @property
     def endless(self) -> int:
@@ -62,9 +62,7 @@ class Scored:
 
 class RenderedPrompts:
     """llama.cpp fed with what the trained tokenizer makes of a chat: its text (path B) or its token ids (path A).
-
-    `known` is shared by both ways: where the file reads the text as the same ids, the runtime is not asked twice.
-    """
+    `known` is shared by both ways: where the file reads the text as the same ids, the runtime is not asked twice."""
 
     def __init__(self, model, tokenizer, ids: bool, known: dict):
         self._model, self._tokenizer, self._ids, self._known = model, tokenizer, ids, known
@@ -73,8 +71,6 @@ class RenderedPrompts:
 
     def answer(self, prompts):
         """One answer per prompt, in order."""
-        from slm.train.encode import render
-
         answers = []
         for prompt in prompts:
             text = render(self._tokenizer, prompt.messages, add_generation_prompt=True)
@@ -88,65 +84,64 @@ class RenderedPrompts:
 
 def golden_rows(settings) -> list[Row]:
     """The locked golden rows, or `evaluate.limit` of them. Raises SlmError when the set has changed since 02."""
-    from slm.evaluate import take
-    from slm.registry import check_locked
-    from slm.rows import read_rows
-
     check_locked(settings)
     return take(settings, read_rows(settings.path("data/eval/golden.jsonl")))
 
 
 def score_adapter(settings, contract: Contract, rows: Sequence[Row]) -> Scored:
     """The reference: the adapter over the base in transformers, as 06 scored it (its answers are reused)."""
-    from slm.export.merge import adapter_folder
-    from slm.models import student
-
     return _score(settings, contract, rows, student(settings, adapter_folder(settings)), ADAPTER, "transformers", 1.0)
 
 
 def score_files(settings, contract: Contract, rows: Sequence[Row], files: Sequence[GgufFile]) -> list[Scored]:
     """Every file as it is shipped: messages through the runtime's own template, with the shipped repeat_penalty."""
-    return [_score_file(settings, contract, rows, file, settings.export.repeat_penalty) for file in files]
+    import psutil
+
+    found, penalty = [], settings.export.repeat_penalty
+    for file in files:
+        before = psutil.Process().memory_info().rss
+        model = LlamaCppModel(file.path, context=settings.export.context, repeat_penalty=penalty)
+        try:
+            # Touches every weight once, outside the measured requests.
+            model.answer([Prompt(prompt_messages(contract, rows[0]), settings.evaluate.max_new_tokens)])
+            memory = max(0.0, (psutil.Process().memory_info().rss - before) / 1e6)
+            found.append(_score(settings, contract, rows, model, file.quant, MESSAGES, penalty, file, memory))
+        finally:
+            model.close()
+    return found
 
 
 def score_paths(settings, contract: Contract, rows: Sequence[Row], f16: GgufFile, merged) -> list[Scored]:
     """The f16 file without a repeat penalty in three ways: token ids (A), rendered text (B), messages (C)."""
     from transformers import AutoTokenizer
 
-    tokenizer, model, known = AutoTokenizer.from_pretrained(merged), _load(settings, f16, 1.0), {}
+    tokenizer, known = AutoTokenizer.from_pretrained(merged), {}
+    model = LlamaCppModel(f16.path, context=settings.export.context, repeat_penalty=1.0)
     try:
-        return [
-            _score(settings, contract, rows, RenderedPrompts(model, tokenizer, True, known), f16.quant, IDS, 1.0, f16),
-            _score(settings, contract, rows, RenderedPrompts(model, tokenizer, False, known), f16.quant, TEXT, 1.0, f16),
-            _score(settings, contract, rows, model, f16.quant, MESSAGES, 1.0, f16),
-        ]
+        ways = [(RenderedPrompts(model, tokenizer, way == IDS, known), way) for way in (IDS, TEXT)] + [(model, MESSAGES)]
+        return [_score(settings, contract, rows, asked, f16.quant, way, 1.0, f16) for asked, way in ways]
     finally:
         model.close()
 
 
-def lost_rows(found: Scored, reference: Scored) -> float:
-    """How many rows `found` is behind the reference: in exact rows or in points of the primary metric, the worse one."""
-    return max(reference.exact - found.exact, reference.points - found.points)
-
-
 def holds(found: Scored, reference: Scored, tolerance: int) -> bool:
-    """Whether a file is as good as the adapter, give or take `tolerance` rows, and stops as reliably."""
-    return lost_rows(found, reference) <= tolerance + 1e-9 and found.endless - reference.endless <= tolerance
+    """Whether a file is as good as the adapter, give or take `tolerance` rows, and stops as reliably. Rows are
+    counted as exact ones and as points of the primary metric; the worse count decides."""
+    points = sum(s.value for s in reference.scores) - sum(s.value for s in found.scores)
+    lost = max(reference.exact - found.exact, points)
+    return lost <= tolerance + 1e-9 and found.endless - reference.endless <= tolerance
 
 
 def attribute(reference: Scored, paths: Sequence[Scored], shipped: Scored, tolerance: int) -> str:
-    """Which stage broke the f16 file, or "equal".
-
-    A low: weights. A high, B low: tokenizer. B high, C low: chat template. C high, but low as shipped: the repeat penalty.
-    """
+    """Which stage broke the f16 file, or "equal". A low: weights. A high, B low: tokenizer. B high, C low: chat
+    template. C high, but low as shipped: the repeat penalty."""
     causes = {
         IDS: "weights: token ids straight into the f16 file already score lower; the merge or the conversion changed them",
         TEXT: "tokenizer: the same prompts as text score lower than as token ids; the conversion changed the tokenizer",
         MESSAGES: "chat template: messages score lower than the rendered text; the file's template is another one",
     }
-    for path in paths:
-        if not holds(path, reference, tolerance):
-            return causes[path.way]
+    if broken := [path for path in paths if not holds(path, reference, tolerance)]:
+        return causes[broken[0].way]
     if not holds(shipped, reference, tolerance):
         return f"sampling: repeat_penalty {shipped.repeat_penalty:g} costs the rows; set export.repeat_penalty: 1.0"
     return "equal"
@@ -162,49 +157,24 @@ def table(settings, contract: Contract, reference: Scored, found: Sequence[Score
     """One record per way through a file: score with interval, parse rate, size, speed, and whether it holds."""
     lines, tolerance = [], settings.export.tolerance_rows
     for one in [reference, *found]:
-        n, pair = len(one.scores), paired(one.scores, reference.scores, contract, settings)
-        difference = f"{pair.difference.value:+.3f} [{pair.difference.low:+.3f}, {pair.difference.high:+.3f}]"
+        file, n, pair = one.file, len(one.scores), paired(one.scores, reference.scores, contract, settings)
+        difference = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**pair.difference.model_dump())
         lines.append({
             "file": one.name, "path": one.way, "repeat_penalty": one.repeat_penalty,
             contract.primary_metric: str(one.metrics[contract.primary_metric]),
             "against adapter": "-" if one is reference else difference, "exact": f"{one.exact}/{n}",
             "fixed": len(pair.fixed), "broken": len(pair.broken), "parse rate": f"{one.metrics['schema_validity'].value:.3f}",
             "endless": f"{one.endless}/{n}", "repeated": f"{one.repeated}/{n}",
-            "size MB": round(one.file.size_mb, 1) if one.file else "-",
-            "p50 s": round(one.latency(0.5), 3) if one.file else "-", "p95 s": round(one.latency(0.95), 3) if one.file else "-",
-            "tokens/s": round(one.tokens_per_second, 1) if one.file else "-",
+            "size MB": round(file.size_mb, 1) if file else "-",
+            **{f"p{p} s": round(one.latency(p / 100), 3) if file else "-" for p in (50, 95)},
+            "tokens/s": round(one.tokens_per_second, 1) if file else "-",
             "memory MB": round(one.memory_mb) if one.memory_mb is not None else "-",
             "holds": "-" if one is reference else "yes" if holds(one, reference, tolerance) else "no",
         })  # fmt: skip
     return lines
 
 
-def _load(settings, file: GgufFile, penalty: float):
-    from slm.models.llama_cpp import LlamaCppModel
-
-    return LlamaCppModel(file.path, context=settings.export.context, repeat_penalty=penalty)
-
-
-def _score_file(settings, contract: Contract, rows: Sequence[Row], file: GgufFile, penalty: float) -> Scored:
-    import psutil
-
-    from slm.evaluate.scorers import prompt_messages
-    from slm.models import Prompt
-
-    before = psutil.Process().memory_info().rss
-    model = _load(settings, file, penalty)
-    try:
-        # Touches every weight once, outside the measured requests.
-        model.answer([Prompt(prompt_messages(contract, rows[0]), settings.evaluate.max_new_tokens)])
-        memory = max(0.0, (psutil.Process().memory_info().rss - before) / 1e6)
-        return _score(settings, contract, rows, model, file.quant, MESSAGES, penalty, file, memory)
-    finally:
-        model.close()
-
-
 def _score(settings, contract, rows, model, name, way, penalty, file=None, memory=None) -> Scored:
-    from slm.models import cached
-
     if not rows:
         raise SlmError("data/eval/golden.jsonl: no rows; an export cannot be proven without them.")
     scores = answer_rows(cached(model, settings), rows, contract, settings.evaluate.max_new_tokens)

@@ -4,14 +4,14 @@ import ctypes
 import logging
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from slm.errors import SlmError
 from slm.export.convert import convert
-from slm.export.files import require_space, whole_file
+from slm.export.files import require_space, weight_bytes, whole
 
-TYPES = {"q8_0": "Q8_0", "q5_k_m": "Q5_K_M", "q4_k_m": "Q4_K_M"}
 SHARE = {"f16": 1.0, "q8_0": 0.54, "q5_k_m": 0.45, "q4_k_m": 0.42}  # of the f16 file, at most
 
 
@@ -37,13 +37,11 @@ def gguf_folder(settings) -> Path:
 
 def make_files(settings, merged: Path) -> list[GgufFile]:
     """Convert the merged model and quantize it to `export.quants`; files of an earlier export of this run are replaced."""
-    from slm.export.files import weight_bytes
-
     folder, quants = gguf_folder(settings), settings.export.quants
     if not quants:
         raise SlmError("export.quants is empty; name at least one of f16, q8_0, q5_k_m, q4_k_m.")
-    needed = sum(SHARE[quant] for quant in {"f16", *quants}) * weight_bytes(merged) * 1.1
-    require_space(folder, int(needed), "the GGUF files")
+    share = sum(SHARE[quant] for quant in {"f16", *quants})
+    require_space(folder, int(share * weight_bytes(merged) * 1.1), "the GGUF files")
     for old in [*folder.glob("model-*.gguf"), folder / "Modelfile", folder / "export.json", folder / "checksums.txt"]:
         old.unlink(missing_ok=True)
     begin = time.perf_counter()
@@ -63,9 +61,9 @@ def quantize(source: Path, target: Path, quant: str) -> Path:
     # One line per tensor that falls back; `tensor_types` says the same in one record.
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{TYPES[quant]}")
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quant.upper()}")
     options.nthread = os.cpu_count() or 1
-    with whole_file(target) as work:
+    with whole(target) as work:
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(work).encode(), ctypes.byref(options))
         if code or not work.is_file():
             raise SlmError(f"{source}: llama.cpp could not quantize it to {quant} (code {code}); make the f16 file again.")
@@ -74,8 +72,6 @@ def quantize(source: Path, target: Path, quant: str) -> Path:
 
 def tensor_types(file: Path) -> dict[str, int]:
     """How many tensors of a GGUF have which type: tells how many fell back where a width is no multiple of 256."""
-    from collections import Counter
-
     from gguf import GGUFReader
 
     return dict(Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors).most_common())

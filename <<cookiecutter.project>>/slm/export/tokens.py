@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from slm.errors import SlmError
 from slm.export.merge import turn_end
+from slm.train.encode import render
 
 HOSTILE = (
     "", " ", "\n\n\n", "   leading and trailing   ", "tab\there\r\nand there", "12345 67 8901234567890 3.14 1e-9 TL-00042",
@@ -52,21 +53,16 @@ def conversations(contract, rows, hostile=HOSTILE) -> list[list[dict]]:
 
 
 def prove_tokens(merged: Path, file: Path, chats: list[list[dict]]) -> TokenProof:
-    """Compare tokenizer and GGUF on every chat.
-
-    Raises SlmError that names the file and each difference: lost special-token types, another end token, another
-    vocabulary, other ids, a doubled or missing BOS, another chat template.
-    """
+    """Compare tokenizer and GGUF on every chat. Raises SlmError that names the file and each difference: lost
+    special-token types, another end token, another vocabulary, other ids, a doubled or missing BOS, another chat
+    template."""
     from transformers import AutoTokenizer
-
-    from slm.train.encode import render
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
     texts = [render(tokenizer, chat, add_generation_prompt=True) for chat in chats]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     found = read_vocabulary(file, texts, chats)
-    problems = [*_tokens_differ(tokenizer, found), *_ids_differ(tokenizer, texts, ids, found), *_texts_differ(texts, found)]
-    if problems:
+    if problems := [*_tokens_differ(tokenizer, found), *_prompts_differ(tokenizer, texts, ids, found)]:
         raise SlmError(f"{file}: not the model that was trained: {'; '.join(problems)}. Nothing is released; export again.")
     bos = "exactly one" if found.add_bos else "none"
     return TokenProof(Path(file).name, len(chats), found.eos, turn_end(tokenizer), bos)
@@ -98,36 +94,29 @@ def _tokens_differ(tokenizer, found: Vocabulary) -> list[str]:
     if end not in found.ends:
         problems.append(f"the chat's turn end {end} ({tokenizer.convert_ids_to_tokens(end)}) does not stop its generation")
     special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
-    lost = [tokenizer.convert_ids_to_tokens(n) for n in sorted(special - set(found.special))]
-    if lost:
+    if lost := [tokenizer.convert_ids_to_tokens(n) for n in sorted(special - set(found.special))]:
         problems.append(f"{len(lost)} special tokens lost their type ({', '.join(lost[:4])})")
     return problems
 
 
-def _ids_differ(tokenizer, texts: list[str], ids: list[list[int]], found: Vocabulary) -> list[str]:
+def _prompts_differ(tokenizer, texts: list[str], ids: list[list[int]], found: Vocabulary) -> list[str]:
     problems = []
-    wrong = [n for n, (ours, theirs) in enumerate(zip(ids, found.ids, strict=True)) if ours != theirs]
-    if wrong:
+    if wrong := [n for n, (ours, theirs) in enumerate(zip(ids, found.ids, strict=True)) if ours != theirs]:
         ours, theirs = ids[wrong[0]], found.ids[wrong[0]]
         at = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
         problems.append(
             f"{len(wrong)} of {len(ids)} prompts have other token ids (prompt {wrong[0] + 1}, token {at + 1}: tokenizer "
             f"{tokenizer.decode(ours[at : at + 1])!r}, file has id {theirs[at] if at < len(theirs) else 'none'})"
         )
-    doubled = sum(row[:2] == [found.bos] * 2 for row in found.ids)
-    if doubled:
+    if doubled := sum(row[:2] == [found.bos] * 2 for row in found.ids):
         problems.append(f"{doubled} prompts begin with two BOS tokens")
     missing = sum(row[:1] != [found.bos] for row in found.ids) if found.add_bos else 0
     if missing:
         problems.append(f"the file wants a BOS token and {missing} rendered prompts have none")
+    if wrong := [n for n, (ours, theirs) in enumerate(zip(texts, found.rendered, strict=True)) if ours != theirs]:
+        count = f"{len(wrong)} of {len(texts)} prompts"
+        problems.append(f"its chat template renders {count} otherwise (first: prompt {wrong[0] + 1})")
     return problems
-
-
-def _texts_differ(texts: list[str], found: Vocabulary) -> list[str]:
-    wrong = [n for n, (ours, theirs) in enumerate(zip(texts, found.rendered, strict=True)) if ours != theirs]
-    if not wrong:
-        return []
-    return [f"its chat template renders {len(wrong)} of {len(texts)} prompts otherwise (first: prompt {wrong[0] + 1})"]
 
 
 def _answer(file: str, texts: list[str], chats: list[list[dict]]) -> Vocabulary:
@@ -135,10 +124,9 @@ def _answer(file: str, texts: list[str], chats: list[list[dict]]) -> Vocabulary:
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     llama = llama_cpp.Llama(file, vocab_only=True, verbose=False)
-    inner, vocab = llama._model, llama_cpp.llama_model_get_vocab(llama.model)
-    bos, eos = llama.token_bos(), llama.token_eos()
+    vocab, bos, eos = llama_cpp.llama_model_get_vocab(llama.model), llama.token_bos(), llama.token_eos()
     template = llama.metadata.get("tokenizer.chat_template", "")
-    text = {n: inner.token_get_text(n) if n >= 0 else "" for n in (bos, eos)}
+    text = {n: llama._model.token_get_text(n) if n >= 0 else "" for n in (bos, eos)}
     form = Jinja2ChatFormatter(template=template, eos_token=text[eos], bos_token=text[bos])
     everything = range(llama.n_vocab())
     mask = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -149,11 +137,6 @@ def _answer(file: str, texts: list[str], chats: list[list[dict]]) -> Vocabulary:
         ends=[n for n in everything if llama_cpp.llama_vocab_is_eog(vocab, n)],
         special=[n for n in everything if llama_cpp.llama_vocab_get_attr(vocab, n) & mask],
     )  # fmt: skip
-
-
-def as_records(proofs: list[TokenProof]) -> list[dict]:
-    """Proofs as records for a table."""
-    return [asdict(proof) for proof in proofs]
 
 
 if __name__ == "__main__":

@@ -13,13 +13,11 @@ from slm.rows import explain
 
 
 class LogLine(BaseModel):
-    """One request.
-
-    `input`: the user's text. `output`: the model's answer, unparsed. `latency_s`: what the caller waited. `parse_ok`:
-    whether the server could use the answer. `correction`: the right answer as contract JSON when a person gave one.
-    `consent`: whether the customer's data may be used to improve the model; without it the line is counted, not kept.
-    `group`: customer or conversation, so that one is never on both sides of a split. Other fields are ignored.
-    """
+    """One request. `input`: the user's text. `output`: the model's answer, unparsed. `latency_s`: what the caller
+    waited. `parse_ok`: whether the server could use the answer. `correction`: the right answer as contract JSON when
+    a person gave one. `consent`: whether the customer's data may be used to improve the model; without it the line is
+    counted, not kept. `group`: customer or conversation, so that one is never on both sides of a split. Other fields
+    are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     request_id: str
@@ -57,10 +55,8 @@ class Logs:
 
 
 def read_logs(path: Path) -> Logs:
-    """Read a log. A torn or invalid line is reported with its number and does not stop the rest.
-
-    The reason never repeats the line's text. Raises SlmError when the file is missing or no line is readable.
-    """
+    """Read a log. A torn or invalid line is reported with its number and does not stop the rest. The reason never
+    repeats the line's text. Raises SlmError when the file is missing or no line is readable."""
     path = Path(path)
     if not path.is_file():
         raise SlmError(f"{path}: there is no such file; set production.logs in project.yaml.")

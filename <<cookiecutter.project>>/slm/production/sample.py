@@ -38,11 +38,9 @@ class Sample:
 
 
 def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
-    """Sort scrubbed log lines. A corrected failure is a row; its group decides where, and once decided for good.
-
-    The first `production.holdout_first` go to the holdout, then a hash of the group (with the seed) sends
-    `production.eval_share` of the groups there. A text that stands in an evaluation set goes nowhere else.
-    """
+    """Sort scrubbed log lines. A corrected failure is a row; its group decides where, and once decided for good. The
+    first `production.holdout_first` go to the holdout, then a hash of the group (with the seed) sends
+    `production.eval_share` of the groups there. A text that stands in an evaluation set goes nowhere else."""
     own, found = settings.production, Sample()
     held, trained = rows_of(settings)
     taken = {row.meta.provenance.get("request_id") for row in (*held, *trained)}
@@ -68,8 +66,7 @@ def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
         if side is None:
             first = len(held) + len(found.holdout) < own.holdout_first
             side = "holdout" if first or _share(row.meta.group, own.seed) < own.eval_share else "training"
-        clash = {sides.get(_group(line.input), side), sides.get(row.meta.group, side)} != {side}
-        if clash:
+        if {sides.get(_group(line.input), side), sides.get(row.meta.group, side)} != {side}:
             found.review.append(_review(line, "its group is on the other side"))
             continue
         sides[row.meta.group] = sides[_group(line.input)] = side
@@ -79,9 +76,7 @@ def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
 
 def save_sample(settings, found: Sample) -> dict[str, int]:
     """Append to the holdout, to data/generated/production.jsonl (for the gates of 04) and to the review queue.
-
-    Evaluation is written first. Returns the rows that each file holds now.
-    """
+    Evaluation is written first. Returns the rows that each file holds now."""
     counts = {}
     for path, rows in ((HOLDOUT, found.holdout), (_GENERATED, found.training)):
         if rows or settings.path(path).is_file():
@@ -99,7 +94,9 @@ def save_sample(settings, found: Sample) -> dict[str, int]:
 
 def rows_of(settings) -> tuple[list[Row], list[Row]]:
     """All production rows so far: (evaluation holdout, training)."""
-    return _rows(settings, HOLDOUT), _training(settings)
+    accepted = [r for r in _rows(settings, "data/accepted/all.jsonl") if r.meta.source == "production"]
+    training = {row.id: row for row in _rows(settings, _GENERATED) + accepted}
+    return _rows(settings, HOLDOUT), list(training.values())
 
 
 def _row(contract: Contract, line: LogLine) -> tuple[Row | None, str]:
@@ -114,9 +111,9 @@ def _row(contract: Contract, line: LogLine) -> tuple[Row | None, str]:
     if not failed and output.value == right.value:
         return None, ""
     provenance = {"request_id": line.request_id, "model_version": line.model_version, "time": line.time.isoformat()}
+    meta = {"kind": "production_like", "source": "production", "group": _pseudonym(line), "provenance": provenance}
     label = contract.label(right.value) or "all"
-    meta = {"category": label, "kind": "production_like", "source": "production", "group": _pseudonym(line), "provenance": provenance}
-    return make_row(line.input, contract.dump(right.value), **meta), ""
+    return make_row(line.input, contract.dump(right.value), category=label, **meta), ""
 
 
 def _review(line: LogLine, why: str) -> dict:
@@ -146,8 +143,3 @@ def _share(group: str, seed: int) -> float:
 
 def _rows(settings, path: str) -> list[Row]:
     return read_rows(settings.path(path)) if settings.path(path).is_file() else []
-
-
-def _training(settings) -> list[Row]:
-    rows = _rows(settings, _GENERATED) + [r for r in _rows(settings, "data/accepted/all.jsonl") if r.meta.source == "production"]
-    return list({row.id: row for row in rows}.values())

@@ -27,11 +27,9 @@ _RANDOM = re.compile(r"(?<![\w/+-])[A-Za-z0-9_+/-]{24,}={0,2}(?![\w/+-])")
 
 
 def scrub(*texts: str) -> tuple[list[str], Counter]:
-    """The texts with placeholders such as [EMAIL_1], and how many different values of each type were found.
-
-    Equal values get equal placeholders in all the texts of one call (input, output and correction of a request) and
-    never across calls, so that people cannot be followed through a log.
-    """
+    """The texts with placeholders such as [EMAIL_1], and how many different values of each type were found. Equal
+    values get equal placeholders in all the texts of one call (input, output and correction of a request) and never
+    across calls, so that people cannot be followed through a log."""
     seen: dict[str, str] = {}
     counts: Counter = Counter()
 

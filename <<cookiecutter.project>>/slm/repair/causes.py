@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -35,11 +34,9 @@ CAUSES: dict[str, tuple[str, str]] = {
 
 
 class Finding(BaseModel):
-    """One failed row: its primary cause, the other causes that also match, and the evidence in words.
-
-    `fault` names a serving fault ("empty", "template", "stop", "length", "parser") or is empty; `blame` is data, model,
-    schema or deployment. `label` is the expected category, `got` the given one, `field` the first wrong field.
-    """
+    """One failed row: its primary cause, the other causes that also match, and the evidence in words. `fault` names a
+    serving fault ("empty", "template", "stop", "length", "parser") or is empty; `blame` is data, model, schema or
+    deployment. `label` is the expected category, `got` the given one, `field` the first wrong field."""
 
     model_config = ConfigDict(extra="forbid")
     row_id: str
@@ -55,30 +52,18 @@ class Finding(BaseModel):
     difficulty: str
 
 
-@dataclass(frozen=True)
 class Case:
-    """A failed row with its score and what the rules may ask about the whole run."""
+    """A failed row with its score, and what the rules ask: labels, wrong fields, all fields flat, the run's facts."""
 
-    row: Row
-    score: Score
-    contract: Contract
-    trained: dict[str, int] | None = None
-    long_words: int = 60
-    label: str = field(init=False)
-    got: str = field(init=False)
-    wrong: list[str] = field(init=False)
-
-    def __post_init__(self):
-        label = self.contract.label(self.score.expected)
-        object.__setattr__(self, "label", str(label or self.row.meta.category))
-        given = self.score.parsed or self.score.lenient_parsed
-        object.__setattr__(self, "got", str(self.contract.label(given) or ""))
-        object.__setattr__(self, "wrong", [name for name, right in self.score.fields.items() if not right])
-
-    @property
-    def flat(self) -> tuple[dict, dict]:
-        """Expected and given fields."""
-        return self.contract.flatten(self.score.expected), self.contract.flatten(self.score.parsed)
+    def __init__(self, row: Row, score: Score, contract: Contract, trained: dict[str, int] | None, long_words: int):
+        self.row, self.score, self.contract, self.trained, self.long_words = row, score, contract, trained, long_words
+        self.tool = contract.task_type == "tool_calling"
+        self.label = str(contract.label(score.expected) or row.meta.category)
+        self.got = str(contract.label(score.parsed or score.lenient_parsed) or "")
+        self.want, self.given = contract.flatten(score.expected), contract.flatten(score.parsed)
+        self.wrong = [name for name, right in score.fields.items() if not right]
+        self.same_label = contract.label_field not in self.wrong
+        self.fault, self.sign = serving_fault(score)
 
 
 def serving_fault(score: Score) -> tuple[str, str]:
@@ -101,20 +86,9 @@ def serving_fault(score: Score) -> tuple[str, str]:
     return "", ""
 
 
-def _unreadable(test: Callable[[Case], str]) -> Callable[[Case], str]:
-    return lambda case: test(case) if case.score.parsed is None else ""
-
-
-def _readable(test: Callable[[Case], str]) -> Callable[[Case], str]:
-    return lambda case: test(case) if case.score.parsed is not None else ""
-
-
-def _serving(verbose: bool) -> Callable[[Case], str]:
-    def test(case: Case) -> str:
-        fault, evidence = serving_fault(case.score)
-        return evidence if fault and (case.score.lenient_parsed is not None) is verbose else ""
-
-    return test
+def _when(readable: bool, test: Callable[[Case], str], tool: bool | None = None) -> Callable[[Case], str]:
+    """`test` only for answers that can be read, or cannot; with `tool` only for tool calls, or only for other tasks."""
+    return lambda case: test(case) if (case.score.parsed is not None) is readable and tool in (None, case.tool) else ""
 
 
 def _trained(case: Case) -> str:
@@ -133,8 +107,7 @@ def _refused(case: Case) -> str:
     if case.label == null:
         return ""
     if case.score.parsed is None:
-        hit = REFUSAL.search(case.score.text)
-        return f"the answer declines: {hit.group(0)!r}" if hit else ""
+        return f"the answer declines: {hit.group(0)!r}" if (hit := REFUSAL.search(case.score.text)) else ""
     return f"expected {case.label}, got {null}" if null and case.got == null else ""
 
 
@@ -143,67 +116,51 @@ def _acted(case: Case) -> str:
     return f"expected {null}, got {case.got}" if null and case.label == null and case.got not in ("", null) else ""
 
 
-def _label(tool: bool) -> Callable[[Case], str]:
-    def test(case: Case) -> str:
-        name = case.contract.label_field
-        differs = name in case.wrong and (case.contract.task_type == "tool_calling") is tool
-        return f"{name}: expected {case.label}, got {case.got}" if differs else ""
-
-    return test
-
-
-def _same_label(case: Case) -> bool:
-    return case.contract.label_field not in case.wrong
+def _label(case: Case) -> str:
+    return "" if case.same_label else f"{case.contract.label_field}: expected {case.label}, got {case.got}"
 
 
 def _invented(case: Case) -> str:
-    want, got = case.flat
-    names = [n for n in case.wrong if want.get(n) is None and got.get(n) is not None] if _same_label(case) else []
-    return f"{names[0]}: nothing expected, got {got[names[0]]!r}" if names else ""
+    names = [n for n in case.wrong if case.want.get(n) is None and case.given.get(n) is not None]
+    return f"{names[0]}: nothing expected, got {case.given[names[0]]!r}" if names and case.same_label else ""
 
 
 def _extra_key(case: Case) -> str:
-    extra = "Extra inputs" in case.score.explanation or "extra" in case.score.explanation.lower()
-    return f"a field that the contract has not: {case.score.explanation}" if case.score.stage == "schema" and extra else ""
+    extra = case.score.stage == "schema" and "extra" in case.score.explanation.lower()
+    return f"a field that the contract has not: {case.score.explanation}" if extra else ""
 
 
-def _field(tool: bool) -> Callable[[Case], str]:
-    def test(case: Case) -> str:
-        if not case.wrong or not _same_label(case) or (case.contract.task_type == "tool_calling") is not tool:
-            return ""
-        want, got = case.flat
-        return f"{case.wrong[0]}: expected {want.get(case.wrong[0])!r}, got {got.get(case.wrong[0])!r}"
-
-    return test
+def _field(case: Case) -> str:
+    if not case.wrong or not case.same_label:
+        return ""
+    return f"{case.wrong[0]}: expected {case.want.get(case.wrong[0])!r}, got {case.given.get(case.wrong[0])!r}"
 
 
 # In this order; the first that matches is the primary cause, every other that matches is kept beside it.
 RULES: tuple[tuple[str, Callable[[Case], str]], ...] = (
-    ("too verbose", _serving(True)),
-    ("wrong schema", _serving(False)),
+    ("too verbose", lambda c: c.sign if c.score.lenient_parsed is not None else ""),
+    ("wrong schema", lambda c: c.sign if c.score.lenient_parsed is None else ""),
     ("fails adversarial input", lambda c: "the row is adversarial" if c.row.meta.kind == "adversarial" else ""),
-    ("refusal when it should answer", _unreadable(_refused)),
-    ("too verbose", _unreadable(lambda c: "an object with text around it" if c.score.lenient_parsed is not None else "")),
-    ("hallucinated field", _unreadable(_extra_key)),
-    ("wrong schema", _unreadable(lambda c: f"{c.score.stage}: {c.score.explanation}")),
+    ("refusal when it should answer", _when(False, _refused)),
+    ("too verbose", _when(False, lambda c: "an object with text around it" if c.score.lenient_parsed is not None else "")),
+    ("hallucinated field", _when(False, _extra_key)),
+    ("wrong schema", _when(False, lambda c: f"{c.score.stage}: {c.score.explanation}")),
     ("missing category", _trained),
     ("fails long input", _long),
-    ("refusal when it should answer", _readable(_refused)),
-    ("answer when it should refuse", _readable(_acted)),
-    ("tool name wrong", _readable(_label(True))),
-    ("wrong label", _readable(_label(False))),
-    ("hallucinated field", _readable(_invented)),
-    ("tool argument wrong", _readable(_field(True))),
-    ("wrong label", _readable(_field(False))),
+    ("refusal when it should answer", _when(True, _refused)),
+    ("answer when it should refuse", _when(True, _acted)),
+    ("tool name wrong", _when(True, _label, tool=True)),
+    ("wrong label", _when(True, _label, tool=False)),
+    ("hallucinated field", _when(True, _invented)),
+    ("tool argument wrong", _when(True, _field, tool=True)),
+    ("wrong label", _when(True, _field, tool=False)),
 )
 
 
 def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: dict[str, int] | None = None) -> list[Finding]:
     """One finding per failed row of `pairs` (all rows of a run, right ones too: they tell a slip from a system).
-
     `trained` counts training rows by label; without it "missing category" is not considered. A row is long from twice
-    the median number of words, 60 at least.
-    """
+    the median number of words, 60 at least."""
     lengths = sorted(len(row.user.split()) for row, _ in pairs) or [0]
     long_words = max(60, 2 * lengths[len(lengths) // 2])
     shares = Counter(serving_fault(score)[0] for _, score in pairs)
@@ -214,11 +171,10 @@ def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: di
         case = Case(row, score, contract, trained, long_words)
         matches = [(cause, evidence) for cause, test in RULES if (evidence := test(case))]
         cause, evidence = matches[0] if matches else ("wrong label", score.explanation)
-        fault = serving_fault(score)[0]
-        systematic = bool(fault) and shares[fault] >= SYSTEMATIC * len(pairs)
+        systematic = bool(case.fault) and shares[case.fault] >= SYSTEMATIC * len(pairs)
         found.append(Finding(
             row_id=row.id, cause=cause, others=list(dict.fromkeys(c for c, _ in matches if c != cause)), evidence=evidence,
-            fault=fault, blame="deployment" if systematic else CAUSES[cause][0], label=case.label, got=case.got,
+            fault=case.fault, blame="deployment" if systematic else CAUSES[cause][0], label=case.label, got=case.got,
             field=next((n for n in case.wrong if n != contract.label_field or n == case.wrong[0]), ""),
             kind=row.meta.kind, difficulty=row.meta.difficulty,
         ))  # fmt: skip
@@ -238,18 +194,15 @@ def table(findings: Sequence[Finding]) -> list[dict]:
 
 def plot_causes(findings: Sequence[Finding], path: Path) -> Path:
     """Bars: failed rows per primary cause, all eleven shown. A PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     counts = Counter(f.cause for f in findings)
     names = sorted(CAUSES, key=lambda cause: counts[cause])
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     bars = axes.barh(names, [counts[name] for name in names], color="#2b6cb0")
     axes.bar_label(bars, padding=3, fontsize=8)
-    axes.set_xlabel("failed rows")
-    axes.set_title(f"{len(findings)} failures by cause", fontsize=11)
+    axes.set(xlabel="failed rows", title=f"{len(findings)} failures by cause")
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

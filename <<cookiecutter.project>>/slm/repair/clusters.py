@@ -9,10 +9,8 @@ from slm.rows import Row
 
 @dataclass(frozen=True)
 class Pattern:
-    """A cluster of the user's own (task/clusters.py).
-
-    `match(row, score)` says whether a failed row belongs to it; `situation` tells the teacher what the rows must show.
-    """
+    """A cluster of the user's own (task/clusters.py). `match(row, score)` says whether a failed row belongs to it;
+    `situation` tells the teacher what the rows must show."""
 
     name: str
     match: Callable[[Row, object], bool]
@@ -53,16 +51,14 @@ SITUATIONS = {
 
 
 def clusters(findings: Sequence[Finding], pairs: Sequence[tuple], patterns: Sequence[Pattern] = ()) -> list[Cluster]:
-    """The failures grouped, the largest group first. `pairs` are the (row, score) of the run, for the patterns.
-
-    A failure goes to the first pattern that matches it; the others are grouped by cause, label and wrong field.
-    """
+    """The failures grouped, the largest group first. `pairs` are the (row, score) of the run, for the patterns. A
+    failure goes to the first pattern that matches it; the others are grouped by cause, label and wrong field."""
     by_id = {row.id: (row, score) for row, score in pairs}
     groups: dict[tuple, list[Finding]] = {}
     for finding in findings:
-        own = next((p for p in patterns if finding.blame != "deployment" and p.match(*by_id[finding.row_id])), None)
-        field = finding.field if finding.cause in ("wrong label", "tool argument wrong", "hallucinated field") else ""
         deployment = finding.blame == "deployment"
+        own = next((p for p in patterns if not deployment and p.match(*by_id[finding.row_id])), None)
+        field = finding.field if finding.cause in ("wrong label", "tool argument wrong", "hallucinated field") else ""
         key = (own.name, None, own) if own else (finding.cause, "" if deployment else finding.label, field)
         groups.setdefault(key, []).append(finding)
     found = [_cluster(key, group) for key, group in groups.items()]
@@ -82,11 +78,11 @@ def _cluster(key: tuple, group: list[Finding]) -> Cluster:
     got = _commonest([f.got for f in group if f.got and f.got != f.label])
     if isinstance(rest, Pattern):
         return Cluster(rest.name, _commonest([f.cause for f in group]), "", got, rest.situation, tuple(group))
-    parts = [name, *([label] if label else []), *([rest] if rest else [])]
-    text = SITUATIONS[name].format(label=label or "any label", field=rest or "the label", got=f", taken for {got}" if got else "")
+    taken = f", taken for {got}" if got else ""
     if name == "answer when it should refuse":
-        text = SITUATIONS[name].format(got=f" {got}" if got else " other labels")
-    return Cluster(" / ".join(parts), name, label, got, text, tuple(group))
+        taken = f" {got or 'other labels'}"
+    text = SITUATIONS[name].format(label=label or "any label", field=rest or "the label", got=taken)
+    return Cluster(" / ".join(part for part in key if part), name, label, got, text, tuple(group))
 
 
 def _commonest(values: list[str]) -> str:

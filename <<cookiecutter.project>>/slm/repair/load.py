@@ -4,8 +4,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.candidate import load_candidate
@@ -14,14 +12,12 @@ from slm.evaluate.scorers import Score
 from slm.rows import Row, explain, read_rows
 
 
-def load_failures(settings, contract: Contract, run_id: str = "") -> list[tuple[Row, Score]]:
-    """The fine-tuned model's rows and scores on dev. Golden, adversarial and test decide about release: not repaired on.
-
-    Raises SlmError when 06 was not run for that run.
-    """
-    results = [r for r in load_candidate(settings, run_id or settings.run_id) if r.set == "dev"]
+def load_failures(settings, contract: Contract) -> list[tuple[Row, Score]]:
+    """The fine-tuned model's rows and scores on dev. Golden, adversarial and test decide about release: not repaired
+    on. Raises SlmError when 06 was not run for that run."""
+    results = [r for r in load_candidate(settings, settings.run_id) if r.set == "dev"]
     if not results:
-        raise SlmError(f"run {run_id or settings.run_id}: no scores on dev; run 06_evaluate first.")
+        raise SlmError(f"run {settings.run_id}: no scores on dev; run 06_evaluate first.")
     return with_rows(settings, results[0])
 
 
@@ -36,17 +32,15 @@ def with_rows(settings, result: Result) -> list[tuple[Row, Score]]:
 
 
 def read_report(path: Path) -> Result:
-    """A result with its scores, as `scripts/run_eval.py` and 06 write it; of several, the one on dev.
-
-    Raises SlmError when the file is missing, is not such a report, or holds no scores.
-    """
+    """A result with its scores, as `scripts/run_eval.py` and 06 write it; of several, the one on dev. Raises SlmError
+    when the file is missing, is not such a report, or holds no scores."""
     path = Path(path)
     if not path.is_file():
         raise SlmError(f"{path}: there is no such file; run scripts/run_eval.py first.")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         found = [Result.model_validate(r) for r in (body if isinstance(body, list) else [body])]
-    except (ValueError, ValidationError) as error:
+    except ValueError as error:  # pydantic's errors are ValueErrors too
         raise SlmError(f"{path}: not an evaluation report with scores ({explain(error)}).") from None
     found = [r for r in found if r.scores]
     if not found:

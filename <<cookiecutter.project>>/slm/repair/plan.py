@@ -5,14 +5,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.generate.plan import Request, label_values
 from slm.repair.clusters import Cluster
-from slm.rows import DIFFICULTIES, Difficulty, Kind, Row, explain, write_json, write_text
+from slm.report.tables import markdown
+from slm.rows import Difficulty, Kind, explain, write_json, write_text
 
 PER_FAILURE = 10  # rows asked for per failure, between the settings' least and most
 CELLS = 4  # cells of the failures that a cluster's rows are spread over
@@ -29,6 +30,10 @@ class Cell(BaseModel):
     rows: int = Field(ge=1)
     situation: str
     prompt: str = ""
+
+    def request(self, cluster: str) -> Request:
+        """What is asked of the teacher."""
+        return Request(self.category, self.kind, self.difficulty, self.rows, self.situation, cluster)
 
 
 class Item(BaseModel):
@@ -55,36 +60,29 @@ class Plan(BaseModel):
     @property
     def requests(self) -> list[Request]:
         """What 03 asks the teacher for."""
-        return [
-            Request(c.category, c.kind, c.difficulty, c.rows, c.situation, item.cluster) for item in self.items for c in item.cells
-        ]
+        return [cell.request(item.cluster) for item in self.items for cell in item.cells]
 
 
 def make_plan(
-    settings, contract: Contract, found: Sequence[Cluster], generation_prompt: Callable | None = None,
-    seeds: Sequence[Row] = (),
+    settings, contract: Contract, found: Sequence[Cluster], generation_prompt: Callable | None = None, seeds: Sequence = (),
 ) -> Plan:  # fmt: skip
     """Rows for the `repair.clusters_max` largest clusters: ten per failure, within the settings' least and most.
-
-    `generation_prompt(contract, request, seed rows)` gives the teacher's text per cell. A systematic serving fault gets
-    no rows: data cannot mend it.
-    """
+    `generation_prompt(contract, request, seed rows)` gives the teacher's text per cell. A systematic serving fault
+    gets no rows: data cannot mend it."""
     own, items = settings.repair, []
     if own.rows_per_cluster_min > own.rows_per_cluster_max:
         raise SlmError("repair.rows_per_cluster_min is greater than repair.rows_per_cluster_max; correct project.yaml.")
     mendable = [c for c in found if not c.serving]
     for cluster in [*(c for c in found if c.serving), *mendable[: own.clusters_max]]:
         count = len(cluster.findings)
-        rows = min(max(PER_FAILURE * count, own.rows_per_cluster_min), own.rows_per_cluster_max)
-        rows = 0 if cluster.serving else rows
-        cells = [] if cluster.serving else _cells(contract, cluster, rows)
+        wanted = min(max(PER_FAILURE * count, own.rows_per_cluster_min), own.rows_per_cluster_max)
+        rows = 0 if cluster.serving else wanted
+        cells = _cells(contract, cluster, rows) if rows else []
         for cell in cells if generation_prompt else ():
-            request = Request(cell.category, cell.kind, cell.difficulty, cell.rows, cell.situation, cluster.name)
             shown = [r for r in seeds if r.meta.category == cell.category][:3] or list(seeds[:3])
-            cell.prompt = generation_prompt(contract, request, shown)
-        items.append(Item(
-            cluster=cluster.name, cause=cluster.cause, failures=count, rows=rows, check_first=cluster.serving, cells=cells
-        ))  # fmt: skip
+            cell.prompt = generation_prompt(contract, cell.request(cluster.name), shown)
+        about = {"cluster": cluster.name, "cause": cluster.cause, "check_first": cluster.serving}
+        items.append(Item(**about, failures=count, rows=rows, cells=cells))
     later = [c.name for c in mendable[own.clusters_max :]]
     return Plan(run_id=settings.run_id, contract=contract.schema_hash, items=items, later=later)
 
@@ -94,16 +92,14 @@ def plan_table(plan: Plan) -> list[dict]:
     lines = []
     for item in plan.items:
         if item.check_first:
-            lines.append({"cluster": item.cluster, "category": "-", "kind": "-", "difficulty": "-", "rows": 0,
-                          "situation": f"check first: {item.check_first}"})  # fmt: skip
+            none = dict.fromkeys(("category", "kind", "difficulty"), "-")
+            lines.append({"cluster": item.cluster, **none, "rows": 0, "situation": f"check first: {item.check_first}"})
         lines += [{"cluster": item.cluster, **c.model_dump(exclude={"prompt"})} for c in item.cells]
     return lines
 
 
 def save_plan(settings, plan: Plan, causes: Sequence[dict], plot: Path | None = None) -> Path:
     """Write repair_plan.json and repair_plan.md into the run's folder; returns the path of the JSON file."""
-    from slm.report.tables import markdown
-
     total = sum(item.rows for item in plan.items)
     text = f"# Repair plan, run {plan.run_id}\n\n{total} targeted rows for {sum(bool(i.rows) for i in plan.items)} clusters of "
     text += "failures on dev. No random rows: each cell answers a cluster. No text of an evaluation row stands in a prompt.\n\n"
@@ -119,10 +115,8 @@ def save_plan(settings, plan: Plan, causes: Sequence[dict], plot: Path | None = 
 
 
 def from_repair(settings, contract: Contract | None = None) -> list[Request] | None:
-    """The requests of the plan that `repair.plan` names, for 03; None when it names none.
-
-    Raises SlmError when the file is missing or broken, belongs to another contract, or the teacher is a recorded one.
-    """
+    """The requests of the plan that `repair.plan` names, for 03; None when it names none. Raises SlmError when the
+    file is missing or broken, belongs to another contract, or the teacher is a recorded one."""
     if not settings.repair.plan:
         return None
     path = settings.path(settings.repair.plan)
@@ -130,7 +124,7 @@ def from_repair(settings, contract: Contract | None = None) -> list[Request] | N
         raise SlmError(f"repair.plan {settings.repair.plan}: there is no such file; run 07_repair first.")
     try:
         plan = Plan.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, ValidationError) as error:
+    except ValueError as error:  # pydantic's errors are ValueErrors too
         raise SlmError(f"{path}: not a repair plan ({explain(error)}); run 07_repair again.") from None
     if contract is not None and plan.contract != contract.schema_hash:
         raise SlmError(f"{path}: made for another contract; run 06 and 07 again.")
@@ -168,15 +162,9 @@ def _cells(contract: Contract, cluster: Cluster, rows: int) -> list[Cell]:
     left, whole = rows - contrast, sum(n for _, n in counts)
     shares = [max(1, left * n // whole) for _, n in counts]
     shares[0] += left - sum(shares)
-    cells = [
-        Cell(category=c, kind=k, difficulty=d, rows=n, situation=cluster.situation)
-        for ((c, k, d), _), n in zip(counts, shares, strict=True)
-    ]
+    parts = [(*cell, n, cluster.situation) for (cell, _), n in zip(counts, shares, strict=True)]
     if contrast:
         text = f"looks like {cluster.label} at first sight and is {cluster.got}; the deciding detail is in the text"
-        cells.append(Cell(
-            category=cluster.got, kind="near_miss", difficulty=DIFFICULTIES[1], rows=contrast, situation=text
-        ))  # fmt: skip
-    return cells
-
+        parts.append((cluster.got, "near_miss", "medium", contrast, text))
+    return [Cell(category=c, kind=k, difficulty=d, rows=n, situation=text) for c, k, d, n, text in parts]
 

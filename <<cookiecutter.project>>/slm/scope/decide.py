@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from slm.errors import SlmError
+from slm.evaluate.baselines import load_baselines
+from slm.report.tables import frame
 from slm.rows import iter_lines, write_json, write_text
 
 FEW_EXAMPLES = 50  # fewer good examples than this: prompt first
@@ -81,10 +83,7 @@ class Decision:
 
     def table(self):
         """All signs as a DataFrame: approach, sign, answer, known from."""
-        import pandas as pd
-
-        pd.set_option("display.max_colwidth", 100)
-        return pd.DataFrame(self.signs)
+        return frame(self.signs)
 
     def save(self, settings) -> None:
         """Write decision.json and decision.md into the run's folder."""
@@ -102,23 +101,21 @@ def facts(settings, contract) -> dict[str, tuple[bool | None, str]]:
     found = {name: (getattr(task, name), f"task.{name}") for name in (*answers, "teacher_is_good")}
     endpoint = settings.generate.teacher == "openai"
     target = f"{contract.primary_metric} target {contract.target:g}"
-    found["enough_examples"] = (rows >= FEW_EXAMPLES, f"{rows} rows in data/raw/seed.jsonl")
-    found["examples_possible"] = (rows >= FEW_EXAMPLES or endpoint, found["enough_examples"][1])
-    found["high_volume"] = (task.requests_per_month >= MANY_REQUESTS, f"task.requests_per_month {task.requests_per_month}")
-    found["strict_format"] = (True, "the output has a schema")
-    found["measurable"] = (bool(contract.primary_metric), target)
-    found["teacher_available"] = (True, f"generate.teacher {settings.generate.teacher}")
     measured = f"prompted base {score:.3f} on dev, {target}" if score is not None else "not measured yet: 02 does it"
-    found["prompt_reaches_target"] = (None if score is None else score >= contract.target, measured)
-    found["sft_is_weak"] = (None, "not measured yet: 06 does it")
-    return found
+    return found | {
+        "enough_examples": (rows >= FEW_EXAMPLES, f"{rows} rows in data/raw/seed.jsonl"),
+        "examples_possible": (rows >= FEW_EXAMPLES or endpoint, f"{rows} rows in data/raw/seed.jsonl"),
+        "high_volume": (task.requests_per_month >= MANY_REQUESTS, f"task.requests_per_month {task.requests_per_month}"),
+        "strict_format": (True, "the output has a schema"), "measurable": (bool(contract.primary_metric), target),
+        "teacher_available": (True, f"generate.teacher {settings.generate.teacher}"),
+        "prompt_reaches_target": (None if score is None else score >= contract.target, measured),
+        "sft_is_weak": (None, "not measured yet: 06 does it"),
+    }  # fmt: skip
 
 
 def decide(settings, contract) -> Decision:
-    """Walk the tree: RAG and prompting win by one deciding sign, distillation needs all of its signs, else fine-tuning.
-
-    Preference optimisation is never first: it is advised after SFT when there are pairs.
-    """
+    """Walk the tree: RAG and prompting win by one deciding sign, distillation needs all of its signs, else
+    fine-tuning. Preference optimisation is never first: it is advised after SFT when there are pairs."""
     known = facts(settings, contract)
     words = {True: "yes", False: "no", None: "open"}
     signs, holds = [], {}
@@ -128,15 +125,12 @@ def decide(settings, contract) -> Decision:
             holds[sign] = None if value is None else value is sign.wanted
             signs.append({"approach": TITLES[branch], "sign": sign.text, "answer": words[holds[sign]], "known from": source})
     deciding = {branch: [s for s in lines if s.decides and holds[s]] for branch, lines in TREE.items()}
-    if deciding["rag"] or deciding["prompting"]:
-        choice = "rag" if deciding["rag"] else "prompting"
-        because = deciding[choice]
-    else:
-        choice = "distillation" if all(holds[s] for s in TREE["distillation"]) else "fine_tuning"
-        because = [s for s in TREE[choice] if holds[s]]
+    tuned = "distillation" if all(holds[s] for s in TREE["distillation"]) else "fine_tuning"
+    choice = next((branch for branch in ("rag", "prompting") if deciding[branch]), tuned)
+    because = deciding[choice] or [s for s in TREE[choice] if holds[s]]
     advice = ["Because " + "; ".join(s.text for s in because) + ".", NEXT[choice]]
     against = [s.text for s in TREE["fine_tuning"] if holds[s] is False]
-    if choice in ("fine_tuning", "distillation") and against:
+    if choice == tuned and against:
         advice.append("Speaks against it: not true that " + "; ".join(against) + ".")
     if known["preference_data"][0]:
         advice.append("Later, when SFT is right in the main: preference optimisation (DPO) on your pairs.")
@@ -150,8 +144,6 @@ def _seed_rows(settings) -> int:
 
 def _prompted(settings, contract) -> float | None:
     """The prompted base model's score on dev, where 02 has measured it for this contract and base."""
-    from slm.evaluate.baselines import load_baselines
-
     try:
         results = load_baselines(settings, contract)
     except SlmError:

@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from slm.curate.tokens import token_counter
 from slm.registry import SETS
+from slm.report.tables import frame
 from slm.rows import read_rows
 
 # Starting sizes in billions of parameters, and what to keep in mind.
@@ -59,26 +61,25 @@ def size_verdict(task_type: str, billions: float | None) -> str:
 
 def longest_row(settings, contract) -> dict:
     """The longest rendered row of the seed and evaluation files: {"tokens": int or None, "most": int, "file", "row"}.
-
-    Tokens are counted with the base's own tokenizer and chat template where these are on this disk. `most` is an upper
-    bound for any tokenizer: no byte-level tokenizer makes more tokens than the text has bytes (64 for the template).
-    """
+    Tokens are counted with the base's own tokenizer and chat template where these are on this disk. `most` is an
+    upper bound for any tokenizer: no byte-level tokenizer makes more tokens than the text has bytes (64 for the
+    template)."""
     files = ["data/raw/seed.jsonl", *(f"data/eval/{name}.jsonl" for name in SETS)]
     rows = [(file, row) for file in files if settings.path(file).is_file() for row in read_rows(settings.path(file))]
     if not rows:
         return {"tokens": None, "most": 0, "file": "", "row": ""}
     texts = [contract.messages(row) for _, row in rows]
     sizes = [sum(len(m["content"].encode()) for m in messages) + 64 for messages in texts]
-    lengths = _tokens(settings, texts)
+    # A Hub model's tokenizer is downloaded by 02, not here.
+    counted = settings.model.base in ("embedded", "tiny") or _local(settings)
+    lengths = token_counter(settings)(texts) if counted else None
     chosen = max(range(len(rows)), key=lambda n: (lengths or sizes)[n])
-    tokens = lengths[chosen] if lengths else None
-    return {"tokens": tokens, "most": max(sizes), "file": rows[chosen][0], "row": rows[chosen][1].id}
+    file, row = rows[chosen]
+    return {"tokens": lengths[chosen] if lengths else None, "most": max(sizes), "file": file, "row": row.id}
 
 
 def shortlist(settings, contract, longest: dict | None = None):
     """A DataFrame of base models, the chosen one first, then by size; `try` numbers the two or three to start with."""
-    import pandas as pd
-
     longest = longest or longest_row(settings, contract)
     own = base_facts(settings)
     others = sorted((b for b in BASES if b.id != own.id), key=lambda b: b.billions)
@@ -93,21 +94,20 @@ def shortlist(settings, contract, longest: dict | None = None):
             "context": base.context or "unknown", "longest row": _fits(settings, base, longest, base is own), "note": base.note,
         })  # fmt: skip
         turn += chosen
-    pd.set_option("display.max_colwidth", 90)
-    return pd.DataFrame(lines)
+    return frame(lines)
 
 
 def base_facts(settings) -> Base:
     """What is known about `model.base`: from the list above, or from the config.json of a folder."""
     name = settings.model.base
-    for base in BASES:
-        if base.id == name:
-            return base
+    if listed := next((base for base in BASES if base.id == name), None):
+        return listed
     if name == "tiny":
         return Base("tiny", "apache-2.0", 0.0, 8192, "random weights: it proves that the parts work and learns nothing")
-    config = _local(settings) / "config.json" if _local(settings) else None
-    context = json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings", 0) if config else 0
-    return Base(name, settings.model.license, 0.0, context, "not in the template's list: check licence, size and template")
+    folder = _local(settings)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
+    note = "not in the template's list: check licence, size and template"
+    return Base(name, settings.model.license, 0.0, config.get("max_position_embeddings", 0), note)
 
 
 def _fits(settings, base: Base, longest: dict, own: bool) -> str:
@@ -124,11 +124,3 @@ def _local(settings) -> Path | None:
     folder = Path(settings.model.base).expanduser()
     folder = folder if folder.is_absolute() else settings.root / folder
     return folder if (folder / "config.json").is_file() else None
-
-
-def _tokens(settings, conversations: list[list[dict]]) -> list[int] | None:
-    from slm.curate.tokens import token_counter
-
-    if settings.model.base in ("embedded", "tiny") or _local(settings):
-        return token_counter(settings)(conversations)
-    return None  # a Hub model: 02 downloads it, 01 does not

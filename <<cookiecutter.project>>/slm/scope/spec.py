@@ -31,19 +31,19 @@ def require(settings, contract) -> None:
         raise SlmError(f"task/contract.py: {', '.join(unknown)} is no field of the output; fields: {', '.join(fields)}.")
     domain = settings.task.domain.lower()
     if (settings.task.high_stakes or any(d in domain for d in HIGH_STAKES)) and not settings.task.expert_review.strip():
-        raise SlmError(
-            f"task.expert_review: the domain {settings.task.domain!r} is high-stakes; name the expert who reviews data and "
-            "answers in project.yaml, or do not fine-tune for it."
-        )
+        risky = f"the domain {settings.task.domain!r} is high-stakes; name the expert who reviews data and answers"
+        raise SlmError(f"task.expert_review: {risky} in project.yaml, or do not fine-tune for it.")
 
 
 def task_text(settings, contract: Contract) -> str:
     """task.md: the eight sections from the contract's brief, its schema and the targets in the settings."""
     brief, task = contract.brief, settings.task
+    name = task.expert_review.strip()
+    expert = f"\n\nHigh-stakes domain: data and answers are reviewed by {name}." if name else ""
     limit = f"at most {task.target_latency_ms:g} ms per request (p95) and {task.target_cost_per_1k:g} {settings.cost.currency}"
     sections = {
         "Goal": brief["goal"], "Inputs": brief["inputs"], "Output Contract": output_text(contract),
-        "Non-goals": brief["non_goals"], "Failure Modes": brief["failure_modes"] + _expert(settings),
+        "Non-goals": brief["non_goals"], "Failure Modes": brief["failure_modes"] + expert,
         "Metrics": metrics_text(contract), "Deployment Target": brief["deployment_target"],
         "Cost and Latency Target": f"{brief['cost_and_latency'].strip()}\n\nIn numbers: {limit} per 1,000 requests, at about {task.requests_per_month:,} requests a month.",
     }  # fmt: skip
@@ -54,19 +54,19 @@ def task_text(settings, contract: Contract) -> str:
 def output_text(contract: Contract) -> str:
     """The output contract in words: one JSON object, what it may hold, and the definitions of its fields."""
     definitions, found = contract.schema.get("$defs", {}), shapes(contract.schema)
-    lines = ["Exactly one JSON object and nothing around it, as in `specs/output_schema.json`"]
+    one = "Exactly one JSON object and nothing around it, as in `specs/output_schema.json`"
+    null = f"\n\n`{contract.label_field}: {contract.null_label}` says that there is nothing to do."
+    null = null if contract.null_label else ""
     if len(found) > 1:
-        lines = [f"{lines[0]}, of one of these shapes:", "", "| shape | required | optional |", "|---|---|---|"]
-        lines += [f"| {name} | {must} | {may} |" for name, must, may in (_shape(s, definitions) for s in found)]
-        return "\n".join(lines) + _nothing(contract)
-    lines = [f"{lines[0]}:", "", "| field | holds | |", "|---|---|---|"]
-    notes = []
+        lines = [f"{one}, of one of these shapes:", "", "| shape | required | optional |", "|---|---|---|"]
+        return "\n".join([*lines, *(f"| {' | '.join(_shape(shape, definitions))} |" for shape in found)]) + null
+    lines, notes = [f"{one}:", "", "| field | holds | |", "|---|---|---|"], []
     for name, node in found[0]["properties"].items():
         mark = "critical" if name in contract.critical else ""
         lines.append(f"| `{name}` | {_holds(node, definitions)} | {mark} |")
         if node.get("description"):
             notes.append(f"\n\n**{name}.** {node['description'].strip()}")
-    return "\n".join(lines) + "".join(notes) + _nothing(contract)
+    return "\n".join(lines) + "".join(notes) + null
 
 
 def shapes(schema: dict) -> list[dict]:
@@ -74,8 +74,7 @@ def shapes(schema: dict) -> list[dict]:
     definitions = schema.get("$defs", {})
     if "$ref" in schema:
         return shapes({**definitions[schema["$ref"].rsplit("/", 1)[-1]], "$defs": definitions})
-    options = schema.get("oneOf") or schema.get("anyOf")
-    if options:
+    if options := schema.get("oneOf") or schema.get("anyOf"):
         return [shape for option in options for shape in shapes({**option, "$defs": definitions})]
     return [schema] if schema.get("properties") else []
 
@@ -100,17 +99,6 @@ def write_spec(settings, contract: Contract) -> list[Path]:
     ]
 
 
-def _expert(settings) -> str:
-    name = settings.task.expert_review.strip()
-    return f"\n\nHigh-stakes domain: data and answers are reviewed by {name}." if name else ""
-
-
-def _nothing(contract: Contract) -> str:
-    if not contract.null_label:
-        return ""
-    return f"\n\n`{contract.label_field}: {contract.null_label}` says that there is nothing to do."
-
-
 def _shape(shape: dict, definitions: dict) -> tuple[str, str, str]:
     """A union's member as (its constants, required parts, optional parts); nested objects one level deep."""
     names, parts = [], {True: [], False: []}
@@ -121,8 +109,7 @@ def _shape(shape: dict, definitions: dict) -> tuple[str, str, str]:
         inner = definitions[node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
         if inner.get("type") == "object":
             for key, value in inner.get("properties", {}).items():
-                text = f"`{key}` ({_holds(value, definitions)})"
-                parts[key in inner.get("required", [])].append(text)
+                parts[key in inner.get("required", [])].append(f"`{key}` ({_holds(value, definitions)})")
         else:
             parts[name in shape.get("required", [])].append(f"`{name}` ({_holds(node, definitions)})")
     return ", ".join(names), ", ".join(parts[True]) or "-", ", ".join(parts[False]) or "-"
@@ -132,16 +119,12 @@ def _holds(node: dict, definitions: dict) -> str:
     """What a schema node admits, in words for a Markdown cell."""
     if "$ref" in node:
         node = definitions[node["$ref"].rsplit("/", 1)[-1]]
-    options = node.get("anyOf") or node.get("oneOf")
-    if options:
+    if options := node.get("anyOf") or node.get("oneOf"):
         return " or ".join(dict.fromkeys(_holds(option, definitions) for option in options))
     if "enum" in node or "const" in node:
         return ", ".join(f"`{value}`" for value in node.get("enum", [node.get("const")]))
     kind = {"null": "`null`", "boolean": "`true` or `false`"}.get(node.get("type"), node.get("type", "any value"))
     if node.get("type") == "object" and node.get("properties"):
         return f"{node.get('title', 'object')} ({', '.join(f'`{name}`' for name in node['properties'])})"
-    return kind + (f" matching `{_cell(node['pattern'])}`" if "pattern" in node else "")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    pattern = node.get("pattern", "").replace("|", "\\|")
+    return kind + (f" matching `{pattern}`" if pattern else "")

@@ -1,4 +1,4 @@
-"""What is watched while training: early stopping, the trackers' local homes, the log as CSV and the loss curve."""
+"""What is watched while training: the trackers' local homes, the log as CSV and the loss curve."""
 
 import csv
 import io
@@ -10,25 +10,17 @@ from slm.rows import write_text
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "num_tokens")
 
 
-def callbacks(settings) -> list:
-    """Stops when the dev loss has not improved for a few evaluations, where the recipe asks for it."""
-    from transformers import EarlyStoppingCallback
-
-    from slm.train.recipe import PATIENCE
-
-    return [EarlyStoppingCallback(early_stopping_patience=PATIENCE)] if settings.train.early_stopping else []
-
-
 def set_tracker(settings) -> None:
     """Environment of the chosen tracker: files inside the project, W&B offline unless logged in, no telemetry.
-
-    Variables that the user has set stay as they are.
-    """
+    Variables that the user has set stay as they are."""
     home = settings.path(f"outputs/tracking/{settings.tracker}")
     env = {"DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     if settings.tracker == "wandb":
-        env |= {"WANDB_MODE": "online" if _wandb_login() else "offline", "WANDB_DIR": str(home), "WANDB_SILENT": "true",
-                "WANDB_PROJECT": settings.project.name, "WANDB_ERROR_REPORTING": "false", "WANDB_LOG_MODEL": "false"}  # fmt: skip
+        netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+        known = netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
+        env |= {"WANDB_MODE": "online" if known or os.environ.get("WANDB_API_KEY") else "offline", "WANDB_DIR": str(home),
+                "WANDB_PROJECT": settings.project.name, "WANDB_ERROR_REPORTING": "false", "WANDB_LOG_MODEL": "false",
+                "WANDB_SILENT": "true"}  # fmt: skip
     elif settings.tracker == "mlflow":
         env |= {"MLFLOW_TRACKING_URI": home.as_uri(), "MLFLOW_EXPERIMENT_NAME": settings.project.name,
                 "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}  # fmt: skip
@@ -52,27 +44,18 @@ def write_log(history: list[dict], path: Path) -> Path:
     return write_text(path, text.getvalue())
 
 
-def plot_loss(history: list[dict], path: Path | None = None):
-    """The loss on training batches and on dev_internal over the steps, as a matplotlib figure; saved when `path` is given."""
+def plot_loss(history: list[dict], path: Path) -> Path:
+    """The loss on training batches and on dev_internal over the steps, as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.add_subplot()
     for key, label, style in (("loss", "train, per batch", "-"), ("eval_loss", "dev_internal", "o-")):
         points = [(e["step"], e[key]) for e in history if key in e]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per answer token)")
     axes.set_ylim(bottom=0)
-    if axes.lines:
-        axes.legend()
+    axes.legend()
     axes.grid(alpha=0.3)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    return figure
-
-
-def _wandb_login() -> bool:
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore"))
+    figure.savefig(path, dpi=120)
+    return path

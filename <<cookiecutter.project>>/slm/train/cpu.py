@@ -15,10 +15,9 @@ class PlainLogProbs:
 
     @staticmethod
     def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-        """`hidden` (n, width) at the n trained positions, `weight` (vocabulary, width), `targets` (n,); results are (n,).
-
-        Only trained positions are projected, which is most of the saving: the head is a fifth of a 135M model's work.
-        """
+        """`hidden` (n, width) at the n trained positions, `weight` (vocabulary, width), `targets` (n,); results are
+        (n,). Only trained positions are projected, which is most of the saving: the head is a fifth of a 135M model's
+        work."""
         import torch
 
         logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float() * logit_scale

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from slm.errors import SlmError
+from slm.models import base_folder
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,6 @@ def load_tokenizer(settings):
     """The base model's tokenizer, padding on the right. Raises SlmError when it has no chat template."""
     from transformers import AutoTokenizer
 
-    from slm.models import base_folder
-
     folder = base_folder(settings)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     if not tokenizer.chat_template:
@@ -31,16 +30,18 @@ def load_tokenizer(settings):
 
 def stop_ids(settings, tokenizer) -> set[int]:
     """The token ids that end an answer: the tokenizer's, and those of the model's generation config."""
+    return {tokenizer.eos_token_id, *generation_ends(base_folder(settings))} - {None}
+
+
+def generation_ends(folder) -> list[int]:
+    """The end tokens of a checkpoint's generation config; none where it has no such file."""
     from transformers import GenerationConfig
 
-    from slm.models import base_folder
-
     try:
-        ends = GenerationConfig.from_pretrained(base_folder(settings)).eos_token_id
-    except OSError:  # a checkpoint without generation_config.json
-        ends = None
-    ends = ends if isinstance(ends, list) else [ends]
-    return {end for end in (tokenizer.eos_token_id, *ends) if end is not None}
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:
+        return []
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
@@ -49,11 +50,9 @@ def render(tokenizer, messages: list[dict], **options) -> str:
 
 
 def encode(rows, contract, tokenizer, stops: set[int], max_length: int) -> list[Example]:
-    """Token ids and labels of rows, cut after the stop token that ends the answer.
-
-    Raises SlmError, naming rows and counts, when the rendered prompt is no prefix of the rendered conversation, when
-    nothing ends the answer, or when a row is longer than `max_length` tokens.
-    """
+    """Token ids and labels of rows, cut after the stop token that ends the answer. Raises SlmError, naming rows and
+    counts, when the rendered prompt is no prefix of the rendered conversation, when nothing ends the answer, or when
+    a row is longer than `max_length` tokens."""
     conversations = [contract.messages(row) for row in rows]
     prompts = [render(tokenizer, messages[:-1], add_generation_prompt=True) for messages in conversations]
     whole = [render(tokenizer, messages) for messages in conversations]
@@ -79,11 +78,9 @@ def encode(rows, contract, tokenizer, stops: set[int], max_length: int) -> list[
 
 
 def preview(rows, examples: list[Example], contract, tokenizer, stops: set[int], n: int = 3) -> list[dict]:
-    """The first `n` rows: raw message, rendered text, and the trained tokens decoded.
-
-    Raises SlmError when a row trains nothing or everything, when its last trained token is not a stop token, or when
-    the trained text is not the row's answer.
-    """
+    """The first `n` rows: raw message, rendered text, and the trained tokens decoded. Raises SlmError when a row
+    trains nothing or everything, when its last trained token is not a stop token, or when the trained text is not the
+    row's answer."""
     shown = []
     for row, example in list(zip(rows, examples, strict=True))[:n]:
         trained = [token for token in example.labels if token != -100]

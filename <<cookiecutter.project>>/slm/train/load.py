@@ -1,6 +1,7 @@
 """The student, ready to train: transformers with PEFT, or Unsloth. The two functions do the same in the same order."""
 
 from slm.errors import SlmError
+from slm.models import base_folder
 from slm.train.recipe import in_force, lora_arguments
 
 
@@ -15,19 +16,15 @@ def load_trl(settings):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from slm.models import base_folder
-
     force, full = in_force(settings), settings.train.method == "full"
     dtype = torch.float32 if full or force["precision"] == "fp32" else torch.bfloat16
-    options = {}
+    options = {"dtype": dtype, "attn_implementation": force["attention"]}
     if force["load_in_4bit"]:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     torch.manual_seed(settings.train.seed)
-    model = AutoModelForCausalLM.from_pretrained(
-        base_folder(settings), dtype=dtype, attn_implementation=force["attention"], **options
-    )
+    model = AutoModelForCausalLM.from_pretrained(base_folder(settings), **options)
     keep_trainable(model)
     model.config.use_cache = False
     return model if full else get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora_arguments(settings)))
@@ -40,8 +37,6 @@ def load_unsloth(settings):
     except (ImportError, NotImplementedError) as error:
         raise SlmError(f"train.trainer unsloth: it does not start ({error}); install the extra `unsloth`, or set trl.") from None
     import torch
-
-    from slm.models import base_folder
 
     force, full = in_force(settings), settings.train.method == "full"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[force["precision"]]

@@ -3,24 +3,23 @@
 from pathlib import Path
 
 from slm.errors import SlmError
+from slm.models import base_folder
+from slm.train.cpu import patch_trl
+from slm.train.encode import load_tokenizer
+from slm.train.recipe import in_force, shared_arguments
 
 
 def pairs(rows, contract) -> list[dict]:
-    """{"prompt": messages, "chosen": [answer], "rejected": [answer]} of each row that has a rejected answer.
-
-    Raises SlmError when there is none, or when a pair's two answers are equal.
-    """
+    """{"prompt": messages, "chosen": [answer], "rejected": [answer]} of each row that has a rejected answer. Raises
+    SlmError when there is none, or when a pair's two answers are equal."""
     found = []
     for row in rows:
         if row.rejected is None:
             continue
         if row.rejected.strip() == row.answer.strip():
             raise SlmError(f"row {row.id}: chosen and rejected are the same answer; a pair must differ.")
-        found.append({
-            "prompt": contract.messages(row)[:-1],
-            "chosen": [{"role": "assistant", "content": row.answer}],
-            "rejected": [{"role": "assistant", "content": row.rejected}],
-        })  # fmt: skip
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (row.answer, row.rejected))
+        found.append({"prompt": contract.messages(row)[:-1], "chosen": chosen, "rejected": rejected})
     if not found:
         raise SlmError("no row has a rejected answer; make pairs from the failures of 06_evaluate first.")
     return found
@@ -28,26 +27,15 @@ def pairs(rows, contract) -> list[dict]:
 
 def dpo_arguments(settings, out: Path) -> dict:
     """Keyword arguments of `trl.DPOConfig`; a twentieth of the SFT learning rate, as preference tuning asks for."""
-    from slm.train.recipe import in_force
-
-    recipe, force = settings.train, in_force(settings)
-    return {
-        "output_dir": str(out), "report_to": [], "beta": 0.1, "max_length": recipe.max_seq_length,
-        "per_device_train_batch_size": recipe.batch_size_per_device,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
-        "num_train_epochs": 1, "max_steps": recipe.max_steps, "learning_rate": recipe.learning_rate / 20,
-        "lr_scheduler_type": recipe.lr_scheduler, "warmup_steps": recipe.warmup_ratio, "optim": force["optimizer"],
-        "seed": recipe.seed, "bf16": force["precision"] == "bf16", "fp16": force["precision"] == "fp16",
-        "gradient_checkpointing": recipe.gradient_checkpointing, "use_cpu": force["device"].startswith("cpu"),
+    return shared_arguments(settings, out) | {
+        "report_to": [], "beta": 0.1, "num_train_epochs": 1, "learning_rate": settings.train.learning_rate / 20,
         "dataloader_pin_memory": False, "logging_steps": 1, "save_strategy": "no",
     }  # fmt: skip
 
 
 def train_dpo(settings, contract, rows, adapter: Path, out: Path) -> dict:
-    """Go on training a LoRA adapter on preference pairs and save it to `out`; returns the last logged metrics.
-
-    The reference is the adapter as it was: TRL keeps a frozen copy of it. Raises SlmError without pairs or adapter.
-    """
+    """Go on training a LoRA adapter on preference pairs and save it to `out`; returns the last logged metrics. The
+    reference is the adapter as it was: TRL keeps a frozen copy of it. Raises SlmError without pairs or adapter."""
     found = pairs(rows, contract)
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise SlmError(f"{adapter}: no LoRA adapter there; run 05_train first (method lora or qlora).")
@@ -56,11 +44,6 @@ def train_dpo(settings, contract, rows, adapter: Path, out: Path) -> dict:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
-
-    from slm.models import base_folder
-    from slm.train.cpu import patch_trl
-    from slm.train.encode import load_tokenizer
-    from slm.train.recipe import in_force
 
     patch_trl()
     tokenizer, force = load_tokenizer(settings), in_force(settings)

@@ -4,10 +4,12 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
 from slm import registry
 from slm.errors import SlmError
+from slm.models import base_folder
 
 PATIENCE = 3  # evaluations without a better dev loss before early stopping
 CPU_FLOPS, GPU_FLOPS = 1.2e11, 1.0e14  # rough, per core and per card, for an estimate before the first measured run
@@ -22,11 +24,9 @@ def import_trainer(settings) -> None:
 
 
 def in_force(settings) -> dict:
-    """What of the recipe holds on this machine: device, precision, attention, packing, optimizer, 4-bit base.
-
-    Packing needs flash attention, or samples would read each other; paged and 8-bit optimizers need a GPU.
-    Raises SlmError when method and load_in_4bit contradict each other.
-    """
+    """What of the recipe holds on this machine: device, precision, attention, packing, optimizer, 4-bit base. Packing
+    needs flash attention, or samples would read each other; paged and 8-bit optimizers need a GPU. Raises SlmError
+    when method and load_in_4bit contradict each other."""
     import torch
 
     recipe, gpu = settings.train, torch.cuda.is_available()
@@ -50,66 +50,50 @@ def in_force(settings) -> dict:
 
 def sft_arguments(settings, out: Path, rows: int) -> dict:
     """Keyword arguments of `trl.SFTConfig` for `rows` training rows, writing to `out`. Both trainers take them.
-
-    Raises SlmError when checkpoints would not fall on evaluations, which the best checkpoint needs.
-    """
+    Raises SlmError when checkpoints would not fall on evaluations, which the best checkpoint needs."""
     recipe, force = settings.train, in_force(settings)
     if recipe.early_stopping and recipe.save_steps % recipe.eval_steps:
         raise SlmError(f"train.save_steps {recipe.save_steps}: make it a multiple of eval_steps {recipe.eval_steps}.")
     steps = total_steps(settings, rows)
-    return {
-        "output_dir": str(out),
-        "run_name": settings.run_id,
-        "report_to": [] if settings.tracker == "csv" else [settings.tracker],
+    return shared_arguments(settings, out) | {
+        "run_name": settings.run_id, "report_to": [] if settings.tracker == "csv" else [settings.tracker],
         # rows
-        "max_length": recipe.max_seq_length,
         "packing": force["packing"],
         "dataset_kwargs": {"skip_prepare_dataset": not force["packing"]},  # our tokens, as they are
         "train_sampling_strategy": "group_by_length" if recipe.group_by_length and not force["packing"] else "random",
-        "per_device_train_batch_size": recipe.batch_size_per_device,
-        "per_device_eval_batch_size": recipe.batch_size_per_device,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "per_device_eval_batch_size": recipe.batch_size_per_device, "data_seed": recipe.seed,
         # steps
-        "num_train_epochs": recipe.epochs,
-        "max_steps": recipe.max_steps,
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": recipe.lr_scheduler,
-        "warmup_steps": recipe.warmup_ratio,  # below 1 it is a share of all steps
-        "weight_decay": recipe.weight_decay,
-        "optim": force["optimizer"],
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
-        # machine
-        "bf16": force["precision"] == "bf16",
-        "fp16": force["precision"] == "fp16",
-        "gradient_checkpointing": recipe.gradient_checkpointing,
-        "use_cpu": force["device"].startswith("cpu"),
+        "num_train_epochs": recipe.epochs, "learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay,
         "dataloader_pin_memory": not force["device"].startswith("cpu"),
         # looks and checkpoints
-        "logging_steps": max(1, min(10, steps // 20)),
-        "logging_first_step": True,
-        "eval_strategy": "steps",
-        "eval_on_start": True,
-        "eval_steps": recipe.eval_steps,
-        "save_strategy": "steps",
-        "save_steps": recipe.save_steps,
-        "save_total_limit": 2,
-        "load_best_model_at_end": recipe.early_stopping,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-    }
+        "logging_steps": max(1, min(10, steps // 20)), "logging_first_step": True,
+        "eval_strategy": "steps", "eval_on_start": True, "eval_steps": recipe.eval_steps,
+        "save_strategy": "steps", "save_steps": recipe.save_steps, "save_total_limit": 2,
+        "load_best_model_at_end": recipe.early_stopping, "metric_for_best_model": "eval_loss", "greater_is_better": False,
+    }  # fmt: skip
+
+
+def shared_arguments(settings, out: Path) -> dict:
+    """The keyword arguments that `SFTConfig` and `DPOConfig` have in common."""
+    recipe, force = settings.train, in_force(settings)
+    return {
+        "output_dir": str(out), "max_length": recipe.max_seq_length, "max_steps": recipe.max_steps,
+        "per_device_train_batch_size": recipe.batch_size_per_device,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "lr_scheduler_type": recipe.lr_scheduler, "warmup_steps": recipe.warmup_ratio,  # below 1: a share of all steps
+        "optim": force["optimizer"], "seed": recipe.seed, "use_cpu": force["device"].startswith("cpu"),
+        "bf16": force["precision"] == "bf16", "fp16": force["precision"] == "fp16",
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+    }  # fmt: skip
 
 
 def lora_arguments(settings) -> dict:
     """Keyword arguments of `peft.LoraConfig` and of Unsloth's `get_peft_model`."""
     recipe = settings.train
     return {
-        "r": recipe.lora_rank,
-        "lora_alpha": recipe.lora_alpha,
-        "lora_dropout": recipe.lora_dropout,
-        "target_modules": recipe.target_modules,
-        "bias": "none",
-    }
+        "r": recipe.lora_rank, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout,
+        "target_modules": recipe.target_modules, "bias": "none",
+    }  # fmt: skip
 
 
 def total_steps(settings, rows: int) -> int:
@@ -122,36 +106,28 @@ def total_steps(settings, rows: int) -> int:
 
 
 def estimate(settings, examples: list) -> dict:
-    """Steps, tokens and rough minutes of a run over encoded rows.
-
-    The speed is that of the last completed run on this base and device, else 6 x parameters x tokens floating point
-    operations (Kaplan et al. 2020) at a rough rate for the device.
-    """
+    """Steps, tokens and rough minutes of a run over encoded rows. The speed is that of the last completed run on this
+    base and device, else 6 x parameters x tokens floating point operations (Kaplan et al. 2020) at a rough rate for
+    the device."""
     recipe, force = settings.train, in_force(settings)
     steps = total_steps(settings, len(examples))
-    seen = steps * recipe.batch_size_per_device * recipe.gradient_accumulation_steps
-    seen = seen if recipe.max_steps > 0 else min(seen, math.ceil(recipe.epochs * len(examples)))
-    tokens = round(seen * sum(len(e.input_ids) for e in examples) / len(examples))
+    per_step = recipe.batch_size_per_device * recipe.gradient_accumulation_steps
+    seen = steps * per_step if recipe.max_steps > 0 else min(steps * per_step, math.ceil(recipe.epochs * len(examples)))
+    length = sum(len(e.input_ids) for e in examples)
+    tokens = round(seen * length / len(examples))
     last = registry.latest(settings, "runs", stage="train", status="completed", device=force["device"], trainer=recipe.trainer)
     if last and last["parents"]["base"] == settings.model.base:
         speed, source = last["metrics"]["tokens_per_s"], f"as in run {last['run_id']}"
     else:
-        speed, source = _rough_speed(settings, force["device"]), "rough, no earlier run here"
+        source, cpu = "rough, no earlier run here", re.match(r"cpu, (\d+)", force["device"])
+        parameters = sum(f.stat().st_size for f in base_folder(settings).glob("*.safetensors")) / 2
+        speed = (CPU_FLOPS * int(cpu[1]) if cpu else GPU_FLOPS) / (6 * parameters)
     trained = sum(sum(label != -100 for label in e.labels) for e in examples)
-    share = trained / sum(len(e.input_ids) for e in examples)
     return {
-        "rows": len(examples), "steps": steps, "rows per step": recipe.batch_size_per_device * recipe.gradient_accumulation_steps,
-        "tokens": tokens, "share trained on": round(share, 3), "longest row": max(len(e.input_ids) for e in examples),
+        "rows": len(examples), "steps": steps, "rows per step": per_step, "tokens": tokens,
+        "share trained on": round(trained / length, 3), "longest row": max(len(e.input_ids) for e in examples),
         "minutes": round(tokens / speed / 60, 1), "speed": f"{speed:.0f} tokens/s ({source})",
     }  # fmt: skip
-
-
-def _rough_speed(settings, device: str) -> float:
-    from slm.models import base_folder
-
-    parameters = sum(f.stat().st_size for f in base_folder(settings).glob("*.safetensors")) / 2
-    rate = CPU_FLOPS * int(device.split(",")[1].split()[0]) if device.startswith("cpu") else GPU_FLOPS
-    return rate / (6 * parameters)
 
 
 def recipe_hash(settings, **facts) -> str:

@@ -4,29 +4,30 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from slm import registry
+from slm import cost, registry
 from slm.errors import SlmError
+from slm.evaluate import baselines
+from slm.models import base_hash
+from slm.models.hf import hash_text
 from slm.rows import Row, read_rows, write_json, write_text
-from slm.train.callbacks import callbacks, plot_loss, set_tracker, write_log
+from slm.train.callbacks import plot_loss, set_tracker, write_log
+from slm.train.cpu import patch_trl
 from slm.train.encode import Example, encode, load_tokenizer, preview, stop_ids
-from slm.train.recipe import import_trainer, in_force, recipe_hash, sft_arguments
+from slm.train.recipe import PATIENCE, import_trainer, in_force, recipe_hash, sft_arguments
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo")
 
 
 def training_rows(settings) -> dict[str, list[Row]]:
-    """The accepted rows to train on and to watch the loss on: {"train": …, "dev_internal": …}.
-
-    Raises SlmError when 02 left no baselines or 04 no rows: without them nothing could be claimed about the result.
-    """
-    from slm.evaluate.baselines import require_baselines
-
-    require_baselines(settings)
+    """The accepted rows to train on and to watch the loss on: {"train": …, "dev_internal": …}. Raises SlmError when
+    02 left no baselines or 04 no rows: without them nothing could be claimed about the result."""
+    baselines.require_baselines(settings)
     found = {}
     for name in ("train", "dev_internal"):
         path = settings.path(f"data/accepted/{name}.jsonl")
@@ -37,16 +38,14 @@ def training_rows(settings) -> dict[str, list[Row]]:
     return found
 
 
-def adapter_folder(settings, run_id: str | None = None) -> Path:
+def adapter_folder(settings) -> Path:
     """outputs/adapters/<run_id>."""
-    return settings.path(f"outputs/adapters/{run_id or settings.run_id}")
+    return settings.path(f"outputs/adapters/{settings.run_id}")
 
 
 def train(settings, contract, resume: bool = True) -> dict:
-    """Train, save to outputs/adapters/<run_id> and record the run; returns its line of registry/runs.jsonl.
-
-    A killed run goes on from its newest checkpoint when recipe, rows, contract and template are the same.
-    """
+    """Train, save to outputs/adapters/<run_id> and record the run; returns its line of registry/runs.jsonl. A killed
+    run goes on from its newest checkpoint when recipe, rows, contract and template are the same."""
     import_trainer(settings)
     rows = training_rows(settings)
     tokenizer = load_tokenizer(settings)
@@ -60,14 +59,17 @@ def train(settings, contract, resume: bool = True) -> dict:
     except BaseException as error:
         problem = f"{type(error).__name__}: {error}"[:500]
         if _first_process():
-            registry.append(settings, "runs", {**record, "status": "failed", "error": problem, "seconds": _since(begin)})
+            seconds = round(time.perf_counter() - begin, 1)
+            registry.append(settings, "runs", {**record, "status": "failed", "error": problem, "seconds": seconds})
         raise
     if not _first_process():
         return record
-    seconds, out = _since(begin), adapter_folder(settings)
-    files = [f for f in sorted(out.iterdir()) if f.is_file()]
+    seconds = round(time.perf_counter() - begin, 1)
+    money = seconds / 3600 * settings.cost.gpu_hourly_rate
+    cost.add(settings, "gpu_training_cost", money, hours=round(seconds / 3600, 5))
+    files = [f for f in sorted(adapter_folder(settings).iterdir()) if f.is_file()]
     record |= {
-        "status": "completed", "metrics": metrics, "seconds": seconds, "cost": _cost(settings, seconds),
+        "status": "completed", "metrics": metrics, "seconds": seconds, "cost": round(money, 6),
         "artefacts": {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files},
     }  # fmt: skip
     return registry.append(settings, "runs", record)
@@ -75,10 +77,9 @@ def train(settings, contract, resume: bool = True) -> dict:
 
 def _fit(settings, tokenizer, examples: dict[str, list[Example]], mark: str, resume: bool) -> dict:
     from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq
+    from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
 
-    from slm.train.cpu import patch_trl
     from slm.train.load import load
 
     set_tracker(settings)
@@ -93,21 +94,20 @@ def _fit(settings, tokenizer, examples: dict[str, list[Example]], mark: str, res
     elif start is not None:
         print(f"resuming from {start.relative_to(settings.root)}")
     arguments = SFTConfig(**sft_arguments(settings, checkpoints, len(examples["train"])))
-    columns = {
-        name: Dataset.from_dict({"input_ids": [e.input_ids for e in part], "labels": [e.labels for e in part]})
-        for name, part in (("train", examples["train"]), ("dev", sorted(examples["dev_internal"], key=lambda e: len(e.input_ids))))
-    }
+    rows, dev = (
+        Dataset.from_dict({"input_ids": [e.input_ids for e in part], "labels": [e.labels for e in part]})
+        for part in (examples["train"], sorted(examples["dev_internal"], key=lambda e: len(e.input_ids)))
+    )
+    stopping = [EarlyStoppingCallback(early_stopping_patience=PATIENCE)] if settings.train.early_stopping else []
     trainer = SFTTrainer(
-        model=load(settings), args=arguments, train_dataset=columns["train"], eval_dataset=columns["dev"],
-        processing_class=tokenizer, callbacks=callbacks(settings),
+        model=load(settings), args=arguments, train_dataset=rows, eval_dataset=dev, processing_class=tokenizer,
         # Pads to the longest row of the batch; packed rows need TRL's own collator.
-        data_collator=None if arguments.packing else DataCollatorForSeq2Seq(tokenizer),
-    )  # fmt: skip
+        callbacks=stopping, data_collator=None if arguments.packing else DataCollatorForSeq2Seq(tokenizer),
+    )
     begin = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-        seconds = time.perf_counter() - begin
-        metrics = _metrics(trainer.state, seconds)
+        metrics = _metrics(trainer.state, time.perf_counter() - begin)
         save(settings, trainer, tokenizer)
     finally:
         if trainer.is_world_process_zero():
@@ -129,7 +129,7 @@ def newest_checkpoint(folder: Path, mark: str) -> Path | None:
     return max(complete, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
 
 
-def save(settings, trainer, tokenizer) -> Path:
+def save(settings, trainer, tokenizer) -> None:
     """Adapter (or the full model in bf16), tokenizer and resolved settings to outputs/adapters/<run_id>, as one step."""
     import torch
     import yaml
@@ -143,7 +143,7 @@ def save(settings, trainer, tokenizer) -> Path:
             model.config.use_cache = True
         trainer.save_model(str(work))
         if not trainer.is_world_process_zero():
-            return out
+            return
         tokenizer.save_pretrained(work)
         write_text(work / "settings.yaml", yaml.safe_dump(settings.model_dump(), sort_keys=False))
         for stale in [f for f in out.iterdir() if f.is_file()]:
@@ -152,7 +152,6 @@ def save(settings, trainer, tokenizer) -> Path:
             os.replace(file, out / file.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return out
 
 
 def _metrics(state, seconds: float) -> dict:
@@ -173,32 +172,21 @@ def _metrics(state, seconds: float) -> dict:
 
 def _facts(settings, contract, tokenizer) -> dict:
     """What a run record says before anything has run: parents, versions, seeds, device."""
-    from slm.models import base_hash
-    from slm.models.hf import hash_text
-
     files = {name: registry.file_hash(settings.path(f"data/accepted/{name}.jsonl"))[:16] for name in ("train", "dev_internal")}
     known = [d for d in registry.read(settings, "datasets") if files.items() <= d.get("split", {}).get("files", {}).items()]
     if not known:
         print("WARNING: these rows are not a recorded dataset version; run 04_curate, or the release gate will not pass.")
-    template = hash_text(tokenizer.chat_template)
-    base = base_hash(settings)
-    facts = {"rows": files, "contract": contract.schema_hash, "chat_template": template, "base_hash": base}
+    facts = {"rows": files, "contract": contract.schema_hash, "chat_template": hash_text(tokenizer.chat_template)}
+    facts["base_hash"] = base_hash(settings)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=settings.root, capture_output=True, text=True, check=False)
     return {
         "stage": "train", "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash,
         "method": settings.train.method, "trainer": settings.train.trainer, "recipe_hash": recipe_hash(settings, **facts),
         "parents": {"dataset": known[-1]["version"] if known else None, "base": settings.model.base, **facts},
-        "commit": _commit(settings.root), "packages": {name: _version(name) for name in PACKAGES},
+        "commit": head.stdout.strip() or None, "packages": {name: _version(name) for name in PACKAGES},
         "seeds": {"train": settings.train.seed, "split": settings.curate.seed}, "device": in_force(settings)["device"],
         "recipe": settings.train.model_dump(),
     }  # fmt: skip
-
-
-def _cost(settings, seconds: float) -> float:
-    from slm import cost
-
-    money = seconds / 3600 * settings.cost.gpu_hourly_rate
-    cost.add(settings, "gpu_training_cost", money, hours=round(seconds / 3600, 5))
-    return round(money, 6)
 
 
 def _first_process() -> bool:
@@ -206,19 +194,8 @@ def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _commit(root: Path) -> str | None:
-    import subprocess
-
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _since(begin: float) -> float:
-    return round(time.perf_counter() - begin, 1)
