@@ -138,7 +138,7 @@ def test_a_damaged_file_stops_the_run_with_its_name(ran, tmp_path, file, stage, 
         (["run", "all", "--profile", "smoke", "-s", "train.epoch=1"], "Did you mean train.epochs"),
         (["run", "09"], "no notebook '09'"),
         (["run", "01", "--run-id", "../x"], "run_id"),
-        (["run", "05", "--profile", "smoke", "--run-id", "x", "-s", "model.base=./absent"], "absent"),
+        (["run", "02", "--profile", "smoke", "--run-id", "x", "-s", "model.base=./absent"], "no config.json in that folder"),
     ],
 )
 def test_bad_input_is_one_sentence(ran, arguments, message):
