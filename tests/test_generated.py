@@ -27,7 +27,7 @@ def passed(done: subprocess.CompletedProcess) -> int:
 
 def test_the_project_s_own_tests_pass(bake):
     """A project whose tests fail on the day it is made. The count guards against passing by absence."""
-    done = run(bake(project="own-tests"), sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    done = run(bake(project="own-tests"), sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
     assert passed(done) > 250
 
 
@@ -35,7 +35,7 @@ def test_the_other_starter_s_tests_pass(bake):
     """Tests, or code under them, that only hold for the default starter."""
     project = bake(project="other-tests", task="tool_calls")
     files = [f"tests/test_{name}.py" for name in QUICK]
-    assert passed(run(project, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)) > 200
+    assert passed(run(project, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files)) > 200
 
 
 def test_the_notebooks_run_under_nbdev_test(bake):
