@@ -18,7 +18,7 @@ PUBLISHED = {"BERT base (110M), published": (99.14, 96.90, 93.00), "DistilBERT (
 RECIPE = {
     "curate.max_tokens": 256, "train.max_seq_length": 256, "train.epochs": 1, "train.learning_rate": 1e-3,
     "train.lora_rank": 16, "train.batch_size_per_device": 16, "train.gradient_accumulation_steps": 1,
-    "train.eval_steps": 1000, "train.save_steps": 50, "train.early_stopping": False, "evaluate.max_new_tokens": 80,
+    "train.eval_steps": 1000, "train.save_steps": 50, "train.early_stopping": False, "evaluate.max_new_tokens": 80, "evaluate.batch_size": 32,
 }  # fmt: skip
 
 
