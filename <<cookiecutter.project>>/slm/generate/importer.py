@@ -1,5 +1,6 @@
 """Bring your own rows: JSONL in the four formats, CSV, Parquet and `datasets` become rows, a whole file or none."""
 
+import csv
 import json
 import os
 from collections.abc import Iterator
@@ -13,75 +14,67 @@ FACTS = ("category", "kind", "difficulty", "language", "group")
 SHOWN = 5  # bad lines that are named before the import gives up
 
 
-def import_rows(
-    settings, file: str, columns: str = "", source: str = "human", out: str = "", split: str = "train"
-) -> tuple[Path, int]:
-    """Write the rows of a file, a folder saved by `datasets`, or a data set on the Hub to `out` (data/generated/<name>.jsonl);
-    returns it and the number of rows. `columns` is "target=column,…"; targets are user, answer, answer.<field>, the
-    fields of the four formats, and category, kind, difficulty, language, group; without it each record must be one of
-    the four formats. Raises SlmError with file:line (Parquet, datasets: row) of the first bad lines; nothing is
-    written then, and no file is replaced."""
-    wanted, name = _columns(columns), Path(file).stem if Path(file).exists() else file.rsplit("/", 1)[-1]
-    target = settings.path(out or f"data/generated/{name}.jsonl")
+def import_rows(settings, file: str, columns="", source="human", out="", split="train") -> tuple[Path, int]:
+    """Write the rows of a file, a folder saved by `datasets`, or a set on the Hub to `out` (data/generated/<name>.jsonl);
+    returns it and the number of rows. `columns` is "target=column,…": user, answer or answer.<field>, the fields of the
+    four formats, category, kind, difficulty, language, group; without it each record is one of the four formats. Raises
+    SlmError with file:line (Parquet, datasets: row) of the first bad lines. No file is replaced or half written."""
+    wanted = _columns(columns)
+    target = settings.path(out or f"data/generated/{Path(file).stem if Path(file).exists() else Path(file).name}.jsonl")
     if target.exists():
         raise SlmError(f"{target}: it exists already; remove it, or name another file with --out.")
-    schema = settings.path("specs/output_schema.json")
-    types = _types(json.loads(schema.read_text(encoding="utf-8"))) if schema.is_file() else {}
-    part, seen, bad, count = target.with_name(f".{target.name}.part"), set(), [], 0
+    path = settings.path("specs/output_schema.json")
+    schema = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    part, seen, bad = target.with_name(f".{target.name}.part"), set(), []
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with part.open("w", encoding="utf-8") as stream:
             for place, number, record in _records(file, split):
                 try:
-                    if isinstance(record, Exception):
-                        raise record
-                    row = _row(record, wanted, types, {"category": "all", "source": source})
+                    row = _row(record, wanted, schema, {"category": "all", "source": source})
                     made = {**row.meta.provenance, "batch": target.stem, "imported": Path(file).name, "line": number}
                     again = {"id": f"{row.id}-{number}"} if row.id in seen else {}
                     row = row.model_copy(update={"meta": row.meta.model_copy(update={"provenance": made}), **again})
                     stream.write(json.dumps(row.model_dump(exclude_none=True), ensure_ascii=False) + "\n")
-                except (ValueError, TypeError) as error:  # pydantic's errors and bad surrogates are ValueErrors too
+                    seen.add(row.id)
+                except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors too
                     bad.append(f"{place}: {explain(error)}")
                     if len(bad) == SHOWN:
                         break
-                else:
-                    seen.add(row.id)
-                    count += 1
             stream.flush()
             os.fsync(stream.fileno())
-        if bad or not count:
-            raise SlmError("\n".join(bad or [f"{file}: no rows"]) + "\nNothing was written; mend these lines, then import again.")
+        if bad or not seen:
+            raise SlmError("\n".join(bad or [f"{file}: no rows"]) + "\nNothing was written; mend this, then import again.")
         os.replace(part, target)
     except OSError as error:
-        raise SlmError(f"{target}: cannot write ({error.strerror}); nothing was changed.") from None
+        raise SlmError(f"{error.filename or target}: {error.strerror}; nothing was written.") from None
     finally:
         part.unlink(missing_ok=True)
-    return target, count
+    return target, len(seen)
 
 
 def _columns(text: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    wanted = {target.strip(): column.strip() for target, _, column in pairs}
+    wanted = {t.strip(): c.strip() for t, _, c in (part.partition("=") for part in text.split(",") if part.strip())}
+    known = ("user", "answer", *FACTS, *CONTENT)
     for target, column in wanted.items():
-        if not column or not (target in ("user", "answer", *CONTENT, *FACTS) or target.startswith("answer.")):
-            known = ", ".join(("user", "answer", "answer.<field>", *FACTS, *CONTENT))
-            raise SlmError(f"--columns {target}={column}: write target=column; targets are {known}.")
+        if not column or target not in known and not target.startswith("answer."):
+            raise SlmError(f"--columns {target}={column}: write target=column; targets: answer.<field>, {', '.join(known)}.")
     return wanted
 
 
-def _row(record: dict, wanted: dict[str, str], types: dict[str, set], meta: dict) -> Row:
-    if not wanted:
-        return from_any({k: v for k, v in record.items() if v is not None}, **meta)
+def _row(record, wanted: dict[str, str], schema: dict, meta: dict) -> Row:
+    if not isinstance(record, dict):
+        raise record if isinstance(record, Exception) else ValueError("a line must be a JSON object")
     if missing := [column for column in wanted.values() if column not in record]:
         raise ValueError(f"no column {missing[0]!r}; there are {', '.join(map(str, record))}")
-    found = {target: record[column] for target, column in wanted.items()}
-    meta |= {name: str(found[name]) for name in FACTS if found.get(name) not in (None, "")}
-    if "user" not in found:
-        return from_any({k: found[k] for k in CONTENT if found.get(k) is not None}, **meta)
-    answer = found.get("answer")
-    if fields := {t.removeprefix("answer."): v for t, v in found.items() if t.startswith("answer.")}:
-        order = sorted(fields, key=lambda name: list(types).index(name) if name in types else len(types))
-        answer = {name: _value(name, fields[name], types.get(name, set())) for name in order}
+    found = {t: record[c] for t, c in wanted.items()} or {k: v for k, v in record.items() if v is not None}
+    if not wanted and "messages" in found and "meta" in found:
+        return from_any(found)
+    meta |= {name: str(found[name]) for name in FACTS if wanted and found.get(name) not in (None, "")}
+    if "user" not in wanted:
+        return from_any({k: v for k, v in found.items() if not wanted or k in CONTENT and v is not None}, **meta)
+    fields = {t.removeprefix("answer."): v for t, v in found.items() if t.startswith("answer.")}
+    answer = {name: _fit(name, value, schema) for name, value in fields.items()} or found.get("answer")
     if not isinstance(answer, str | None):
         answer = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
     for name, text in (("user", found["user"]), ("answer", answer)):
@@ -90,61 +83,46 @@ def _row(record: dict, wanted: dict[str, str], types: dict[str, set], meta: dict
     return make_row(found["user"], answer, rejected=found.get("rejected"), **meta)
 
 
-def _value(name: str, value, types: set):
-    """A cell of a CSV file as what the output schema wants there."""
-    if not isinstance(value, str) or not types or ("string" in types and (value or "null" not in types)):
-        return value
-    if not value and "null" in types:
-        return None
-    for text in (value, value.lower()):
+def _fit(name: str, value, schema: dict):
+    """A cell as the output schema wants it there: the value, nothing (an empty cell), or the JSON that it spells."""
+    from jsonschema import Draft202012Validator
+
+    definitions = schema.get("$defs", {})
+    branches = [schema] if name in schema.get("properties", {}) else definitions.values()  # a union's alternatives
+    nodes = [{**b["properties"][name], "$defs": definitions} for b in branches if name in b.get("properties", {})]
+    values = [None, value] if value == "" else [value]
+    for text in (value, value.lower()) if isinstance(value, str) else ():
         try:
-            return json.loads(text)
+            values.append(json.loads(text))
         except ValueError:
             continue
-    raise ValueError(f"{name}: {value!r} is not {' or '.join(sorted(types))}")
+    for one in values:
+        if not nodes or any(Draft202012Validator(node).is_valid(one) for node in nodes):
+            return one
+    raise ValueError(f"{name}: {value!r} is not what specs/output_schema.json allows")
 
 
-def _types(schema: dict) -> dict[str, set]:
-    """The JSON types of each field of the output, in the schema's order; those of a union's branches together."""
-    definitions, found = schema.get("$defs", {}), {}
-
-    def parts(node: dict) -> list[dict]:
-        node = definitions.get(node.get("$ref", "").rsplit("/", 1)[-1], node)
-        return [part for key in ("anyOf", "oneOf", "allOf") for one in node.get(key, ()) for part in parts(one)] or [node]
-
-    for branch in parts(schema):
-        for name, node in branch.get("properties", {}).items():
-            for part in parts(node):
-                values = part.get("enum", [part["const"]] if "const" in part else [])
-                found.setdefault(name, set()).update({part["type"]} if "type" in part else {"string"} if values else ())
-    return found
-
-
-def _records(file: str, split: str) -> Iterator[tuple[str, int, dict | Exception]]:
-    """(place, line or row number, record or what is wrong with it)."""
+def _records(file: str, split: str) -> Iterator[tuple[str, int, object]]:
+    """(place, line or row number, record or the error in its place)."""
     path = Path(file)
     kind = "datasets" if path.is_dir() or not (path.exists() or path.suffix) else path.suffix
     readers = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, "datasets": _datasets}
     if kind not in readers or not (path.exists() or kind == "datasets"):
-        what = "there is no such file" if not path.exists() else "give .jsonl, .csv, .tsv, .parquet, a folder or a Hub id"
+        what = "give .jsonl, .csv, .tsv, .parquet, a folder or a Hub id" if path.exists() else "there is no such file"
         raise SlmError(f"{file}: {what}.")
-    between = ":" if kind in (".jsonl", ".csv", ".tsv") else ": row "
     for number, record in readers[kind](file, split):
-        yield f"{file}{between}{number}", number, record
+        yield f"{file}{': row ' if kind in ('.parquet', 'datasets') else ':'}{number}", number, record
 
 
 def _jsonl(file: str, _):
     for number, line in iter_lines(Path(file)):
         try:
-            record = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            record = ValueError(f"not JSON: {error}")
-        yield number, record if isinstance(record, dict | Exception) else ValueError("a line must be a JSON object")
+            yield number, ValueError(f"not JSON: {error}")
 
 
 def _csv(file: str, _):
-    import csv
-
     def lines():
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
@@ -153,33 +131,30 @@ def _csv(file: str, _):
                 except UnicodeDecodeError:
                     raise SlmError(f"{file}:{number}: not UTF-8; save the file as UTF-8.") from None
 
-    first = next(lines(), "")
-    reader = csv.reader(lines(), delimiter=max(",;\t", key=first.count), strict=True)
-    header, start = next(reader, []), reader.line_num + 1
+    reader = csv.reader(lines(), delimiter=max(",;\t", key=next(lines(), "").count), strict=True)
+    header = next(reader, [])
     while True:
+        start = reader.line_num + 1  # a quoted cell may hold line breaks: this is the physical line
         try:
-            cells = next(reader, None)
+            cells = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
-            yield start, ValueError(f"{error} (record from line {start} to {reader.line_num})")
+            yield start, ValueError(f"{error} (the record ends in line {reader.line_num})")
             return
-        if cells is None:
-            return
+        wrong = ValueError(f"{len(cells)} fields, but the header has {len(header)}")
         if cells:
-            wrong = ValueError(f"{len(cells)} fields, but the header has {len(header)}")
             yield start, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else wrong
-        start = reader.line_num + 1
 
 
 def _parquet(file: str, _):
     try:
-        import pyarrow.parquet
-    except ImportError:
-        raise SlmError(f"{file}: reading Parquet needs pyarrow; pip install pyarrow.") from None
-    try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+        import pyarrow.parquet as parquet
+
+        batches = parquet.ParquetFile(file).iter_batches()
         yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
-        raise SlmError(f"{file}: not a Parquet file that can be read ({error}).") from None
+    except (ImportError, ValueError, OSError) as error:  # pyarrow's own errors are among these
+        raise SlmError(f"{file}: cannot be read as Parquet ({error}).") from None
 
 
 def _datasets(file: str, split: str):

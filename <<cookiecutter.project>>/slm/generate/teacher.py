@@ -143,7 +143,7 @@ class Purse:
         with self._db:
             return self._db.execute("INSERT INTO flights VALUES (NULL, ?)", (body,)).lastrowid, end, worst
 
-    def settle(self, ticket, tokens_in: int, tokens_out: int, note: str = "") -> None:
+    def settle(self, ticket, tokens_in: int = 0, tokens_out: int = 0, note: str = "") -> None:
         """Book what a call really used; nothing for a call that was refused."""
         n, end, worst = ticket
         self.reserved -= worst
