@@ -1,4 +1,5 @@
 """Ask the teacher for missing rows: python scripts/generate_batch.py --profile default --limit 100"""
+
 import sys
 from pathlib import Path
 
@@ -18,8 +19,9 @@ def main(profile: str = "default", limit: int = 0, run_id: str = "dev", dry_run:
 
     try:
         settings = load_settings(profile=profile, run_id=run_id)
-        ask = estimate if dry_run else generate
-        result = ask(settings, contract, generation_prompt, from_repair(settings, contract), limit)
+        result = (estimate if dry_run else generate)(
+            settings, contract, generation_prompt, from_repair(settings, contract), limit
+        )
     except SlmError as error:
         sys.exit(str(error))
     print(result)

@@ -101,26 +101,23 @@ def _asked(settings, contract, generation_prompt, requests, limit, purse, batch)
                 ask.append(job)
         if not ask:
             break
-        with tqdm(total=sum(j.facts["rows"] for j in ask), desc=f"teacher, round {turn + 1}", unit="row") as bar:
+        bar = tqdm(total=sum(j.facts["rows"] for j in ask), desc=f"teacher, round {turn + 1}", unit="row")
 
-            async def put(model, bar=bar, ask=ask) -> None:
-                jobs = [job for job in ask if job.facts["meta"]["provenance"]["teacher"] == model.name]
+        async def put(model, jobs: list[Job], bar=bar) -> None:
+            def on_answer(n: int, answer) -> None:
+                if answer.finish_reason != "error":
+                    store.put(jobs[n], answer.text)
+                    take(jobs[n], answer.text)
+                bar.update(jobs[n].facts["rows"])
 
-                def on_answer(n: int, answer) -> None:
-                    if answer.finish_reason != "error":
-                        store.put(jobs[n], answer.text)
-                        take(jobs[n], answer.text)
-                    bar.update(jobs[n].facts["rows"])
+            # The seed: a local model that is asked the same again must not answer the same again.
+            texts = [([{"role": "user", "content": job.prompt}], job.max_tokens, len(store.get(job.key))) for job in jobs]
+            await model.each([Prompt(m, tokens, seed=seed, **sampling) for m, tokens, seed in texts], on_answer)
 
-                # The seed: a local model that is asked the same again must not answer the same again.
-                await model.each([
-                    Prompt([{"role": "user", "content": j.prompt}], j.max_tokens, seed=len(store.get(j.key)), **sampling)
-                    for j in jobs
-                ], on_answer)  # fmt: skip
+        async def all_of(live=live, ask=ask, put=put) -> None:
+            await asyncio.gather(*(put(m, [j for j in ask if j.teacher == m.name]) for m in live))
 
-            async def all_of(live=live) -> None:
-                await asyncio.gather(*(put(model) for model in live))
-
+        with bar:
             run(all_of())
     result.calls, result.failed = sum(m.calls for m in models), sum(m.failed for m in models)
     result.money, result.stopped = purse.spent - before, "; ".join(dict.fromkeys(m.stopped for m in models if m.stopped))
@@ -139,14 +136,15 @@ def estimate(settings, contract, generation_prompt: Callable, requests: list[Req
     per_row = sum(len(r.user) + len(r.answer) + 60 for r in seeds) / max(1, len(seeds)) / 3
     left, lines = settings.generate.budget_usd - cost.spent(settings, "teacher_generation_cost"), {}
     for name, end in ends.items():
-        own = [j for j in jobs if j.facts["meta"]["provenance"]["teacher"] == name]
+        own = [j for j in jobs if j.teacher == name]
         rows, price = sum(j.facts["rows"] for j in own), (end.usd_per_1m_input, end.usd_per_1m_output)
         tokens = sum(len(j.prompt) for j in own) // 4, int(rows * per_row)
         most = sum(len(j.prompt.encode()) + 64 for j in own), sum(j.max_tokens for j in own)
         lines[name] = [len(own), rows, *tokens, cost.token_money(*tokens, *price), cost.token_money(*most, *price)]
     columns = ["calls", "rows", "prompt_tokens", "completion_tokens", "money", "at_most"]
     table = pd.DataFrame.from_dict(lines, orient="index", columns=columns)
-    table.loc["all"] = table.sum()
+    if len(ends) > 1:
+        table.loc["all"] = table.sum()
     whole = dict.fromkeys(columns[:4], int)
     return table.astype(whole).assign(budget_left=left).rename_axis("teacher").round(4)
 
@@ -257,7 +255,11 @@ def _hash(text: str) -> str:
 def _rows_schema(contract) -> dict:
     """What a local teacher is held to by its runtime: rows whose output is the contract's."""
     text, output = {"type": "string"}, {k: v for k, v in contract.schema.items() if k != "$defs"}
-    row = {"type": "object", "properties": {"input": text, "output": output, "group": text}, "required": ["input", "output", "group"]}
+    row = {
+        "type": "object",
+        "properties": {"input": text, "output": output, "group": text},
+        "required": ["input", "output", "group"],
+    }
     rows = {"type": "object", "properties": {"rows": {"type": "array", "items": row, "minItems": 1}}, "required": ["rows"]}
     return {**rows, "$defs": contract.schema.get("$defs", {})}
 

@@ -27,16 +27,19 @@ class Job:
     max_tokens: int
     facts: dict
 
+    @property
+    def teacher(self) -> str:
+        """Whom it goes to."""
+        return self.facts["meta"]["provenance"]["teacher"]
+
 
 def endpoints(settings) -> dict[str, Endpoint]:
     """The teachers by name, with their prices; a local file has none. Raises SlmError where a setting is missing."""
     own = settings.generate
-    if own.teacher == "gguf":
-        if not own.gguf:
-            raise SlmError("project.yaml: set generate.gguf to the path of the teacher's file, since generate.teacher is gguf.")
-        return {Path(own.gguf).name: Endpoint()}
-    if own.teacher == "recorded":
-        return {"recorded": Endpoint()}
+    if own.teacher == "gguf" and not own.gguf:
+        raise SlmError("project.yaml: generate.gguf needs the path of the teacher's file when generate.teacher is gguf.")
+    if own.teacher != "openai":
+        return {Path(own.gguf).name if own.teacher == "gguf" else "recorded": Endpoint()}
     ends = [end for end in (own.endpoint, *own.endpoints) if end != Endpoint()] or [own.endpoint]
     named = {end.model: end for end in ends}
     if len(named) < len(ends):
@@ -48,10 +51,8 @@ def endpoints(settings) -> dict[str, Endpoint]:
 
 def teachers(settings, purse: "Purse") -> list:
     """The models behind `endpoints`, ready to be asked; each has name, fingerprint, answer() and each()."""
-    ends = endpoints(settings)
-    if settings.generate.teacher == "gguf":
-        return [LocalTeacher(settings, purse)]
-    return [OpenAIModel(end, purse) for end in ends.values()]
+    local = settings.generate.teacher == "gguf"
+    return [LocalTeacher(settings, purse) if local else OpenAIModel(end, purse) for end in endpoints(settings).values()]
 
 
 class LocalTeacher(LlamaCppModel):
