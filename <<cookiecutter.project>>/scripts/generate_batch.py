@@ -22,7 +22,7 @@ def main(profile: str = "default", limit: int = 0, run_id: str = "dev", dry_run:
         result = ask(settings, contract, generation_prompt, repair.from_repair(settings, contract), limit)
     except SlmError as error:
         sys.exit(str(error))
-    print(result)
+    print(result.to_string() if dry_run else result)
     sys.exit(not dry_run and bool(result.stopped))
 
 

@@ -37,14 +37,6 @@ class Generated:
     money: float = 0.0
     stopped: str = ""
 
-    def table(self, by: str = "kind"):
-        """Rows per category and `by` ("kind", "difficulty", "language")."""
-        import pandas as pd
-
-        lines = [{"category": r.meta.category, by: getattr(r.meta, by)} for r in self.rows]
-        frame = pd.DataFrame(lines, columns=["category", by])
-        return pd.crosstab(frame["category"], frame[by], margins=True, margins_name="all")
-
     def __str__(self) -> str:
         where = self.batch.name if self.batch else "nothing was missing"
         text = f"{len(self.rows)} new rows ({where}), {self.calls} calls, {self.reused} replies from the cache, "

@@ -106,7 +106,7 @@ def _records(file: str, split: str) -> Iterator[tuple[str, int, object]]:
     """(place, line or row number, record or the error in its place)."""
     path = Path(file)
     kind = "datasets" if path.is_dir() or not (path.exists() or path.suffix) else path.suffix
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, "datasets": _datasets}
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _datasets, "datasets": _datasets}
     if kind not in readers or not (path.exists() or kind == "datasets"):
         what = "give .jsonl, .csv, .tsv, .parquet, a folder or a Hub id" if path.exists() else "there is no such file"
         raise SlmError(f"{file}: {what}.")
@@ -147,21 +147,14 @@ def _csv(file: str, _):
             yield start, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else wrong
 
 
-def _parquet(file: str, _):
-    try:
-        import pyarrow.parquet as parquet
-
-        batches = parquet.ParquetFile(file).iter_batches()
-        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
-    except (ImportError, ValueError, OSError) as error:  # pyarrow's own errors are among these
-        raise SlmError(f"{file}: cannot be read as Parquet ({error}).") from None
-
-
 def _datasets(file: str, split: str):
-    import datasets
-
     try:
-        data = datasets.load_from_disk(file) if Path(file).is_dir() else datasets.load_dataset(file, split=split)
+        import datasets
+
+        if file.endswith(".parquet"):
+            data = datasets.Dataset.from_parquet(file)
+        else:
+            data = datasets.load_from_disk(file) if Path(file).is_dir() else datasets.load_dataset(file, split=split)
         data = data[split] if isinstance(data, dict) else data
     except Exception as error:  # no network, no such set, no such split: the library raises a dozen types
         raise SlmError(f"{file} (split {split}): `datasets` cannot load it ({type(error).__name__}: {error}).") from None

@@ -140,7 +140,8 @@ def run(coroutine):
         try:
             return future.result()
         except KeyboardInterrupt:
-            started[0].call_soon_threadsafe(started[1].cancel)
+            if started:
+                started[0].call_soon_threadsafe(started[1].cancel)
             raise
 
 
