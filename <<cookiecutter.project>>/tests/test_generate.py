@@ -72,6 +72,8 @@ def completion(content):
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.server.times.append(time.monotonic())
+        if "locked" in self.path:
+            return self.reply(403, {"error": {"message": "no entry"}})
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         text = body["messages"][-1]["content"]
         with self.server.lock:
@@ -372,6 +374,16 @@ def test_a_dead_teacher_leaves_its_calls_to_the_others(tmp_path, server):
     dead = {"url": "http://127.0.0.1:9/v1", "model": "dead", "retries": 0}
     result = generate(project(tmp_path, server.url, endpoints=[dead], rows_target=40), CONTRACT, prompt)
     assert len(result.rows) == 40 and "dead" in result.stopped
+
+
+def test_a_refused_teacher_lets_the_others_finish(tmp_path, server):
+    """A wrong key of one teacher that throws away what another is being paid for."""
+    bad = {"url": server.url.replace("/v1", "/locked"), "model": "bad", "api_key_env": "LOCKED_KEY"}
+    settings = project(tmp_path, server.url, endpoints=[bad], rows_target=40)
+    with pytest.raises(SlmError, match="HTTP 403.*LOCKED_KEY.*no entry"):
+        generate(settings, CONTRACT, prompt)
+    rows = read_rows(tmp_path / "data/generated/batch_001.jsonl")
+    assert len(rows) >= 10 and {r.meta.provenance["teacher"] for r in rows} == {"m"}
 
 
 def test_unread_lines_count_against_the_teacher(tmp_path, server):

@@ -107,7 +107,9 @@ def _asked(settings, contract, generation_prompt, requests, limit, purse, batch)
             await model.each([Prompt(m, tokens, seed=seed, **sampling) for m, tokens, seed in texts], on_answer)
 
         async def all_of(live=live, ask=ask, put=put) -> None:
-            await asyncio.gather(*(put(m, [j for j in ask if j.teacher == m.name]) for m in live))
+            work = (put(m, [j for j in ask if j.teacher == m.name]) for m in live)
+            for fault in filter(None, await asyncio.gather(*work, return_exceptions=True)):
+                raise fault  # after the other teachers have finished: their calls are paid for
 
         with bar:
             run(all_of())

@@ -68,10 +68,8 @@ def feasibility(settings, contract, fewshot: Callable) -> Feasibility:
             lines.append({"teacher": model.name, metric: str(found[metric]), "schema_validity": str(found["schema_validity"])})
             score = f"{model.name} reaches {metric} {found[metric]} on {len(rows)} dev rows"
             if found[metric].high < least:
-                ok, score = (
-                    False,
-                    f"{score}, below {least}: it cannot teach the task (better teacher, prompt, or generate.feasible_at)",
-                )
+                ok = False
+                score += f", below {least}: it cannot teach the task (take a better one, or see generate.feasible_at)"
             elif found[metric].value < least:
                 score += f"; WARNING: that may be below {least}"
             said.append(score)
