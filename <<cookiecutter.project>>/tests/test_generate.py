@@ -72,9 +72,9 @@ def completion(content):
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.server.times.append(time.monotonic())
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if "locked" in self.path:
             return self.reply(403, {"error": {"message": "no entry"}})
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         text = body["messages"][-1]["content"]
         with self.server.lock:
             self.server.prompts.append(text)
@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(step, int):
             return self.reply(step, {"error": {"message": "no"}}, {"retry-after": "0"})
         if step == "hang":
-            time.sleep(1.5)
+            time.sleep(3)
             return None
         if step == "cut":
             self.send_response(200)
@@ -141,7 +141,7 @@ def project(tmp_path, url="", **generate_settings):
     shutil.copy(ROOT / "training/configs/train_config.yaml", tmp_path / "training/configs")
     seeds = [make_row(f"seed {i} text", '{"label":"a"}', category="a") for i in range(3)]
     write_rows(tmp_path / "data/raw/seed.jsonl", seeds)
-    endpoint = {"url": url, "model": "m", "timeout_s": 0.5, "retries": 2, "concurrency": 3}
+    endpoint = {"url": url, "model": "m", "timeout_s": 20, "retries": 2, "concurrency": 3}
     endpoint |= generate_settings.pop("endpoint", {})
     overrides = {"teacher": "openai", "endpoint": endpoint, "rows_target": 12, "batch_rows": 5, **generate_settings}
     return load_settings(overrides={"generate": overrides}, start=tmp_path)
@@ -219,7 +219,7 @@ def test_429_and_500_are_retried_then_succeed(tmp_path, server):
 def test_timeout_is_retried_and_counted_in_full(tmp_path, server):
     """A hanging endpoint that stops the run, or a paid call missing from the ledger."""
     server.script = ["hang"]
-    settings = project(tmp_path, server.url, endpoint={"usd_per_1m_output": 1.0})
+    settings = project(tmp_path, server.url, endpoint={"usd_per_1m_output": 1.0, "timeout_s": 1, "retries": 9})
     result = generate(settings, CONTRACT, prompt, ASK)
     assert len(result.rows) == 5
     assert any("timed out" in line.get("note", "") for line in cost.entries(settings))
@@ -352,7 +352,7 @@ def test_the_language_of_a_row_is_what_was_written(tmp_path):
 
 def test_teachers_share_the_calls_and_are_compared(tmp_path, server):
     """A comparison on different cells, or rows whose teacher and prompt nobody can name."""
-    other = {"url": server.url, "model": "m2", "timeout_s": 0.5}
+    other = {"url": server.url, "model": "m2"}
     settings = project(tmp_path, server.url, endpoints=[other], rows_target=60)
     result = generate(settings, CONTRACT, prompt)
     made = [r.meta.provenance for r in result.rows]
