@@ -8,22 +8,22 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def main(profile: str = "default", limit: int = 0, run_id: str = "dev"):
-    """Append the next data/generated/batch_NNN.jsonl. LIMIT: rows at most in this run; 0 asks for all that is missing."""
+def main(profile: str = "default", limit: int = 0, run_id: str = "dev", dry_run: bool = False):
+    """Append the next batch in data/generated. LIMIT: rows at most, 0 for all. DRY_RUN: only calls, tokens and money."""
+    from slm import generate, repair
     from slm.errors import SlmError
-    from slm.generate import generate
-    from slm.repair import from_repair
     from slm.settings import load_settings
     from task.contract import contract
     from task.prompts import generation_prompt
 
     try:
         settings = load_settings(profile=profile, run_id=run_id)
-        result = generate(settings, contract, generation_prompt, from_repair(settings, contract), limit)
+        ask = generate.estimate if dry_run else generate.generate
+        result = ask(settings, contract, generation_prompt, repair.from_repair(settings, contract), limit)
     except SlmError as error:
         sys.exit(str(error))
-    print(result)
-    sys.exit(1 if result.stopped else 0)
+    print(result.to_string() if dry_run else result)
+    sys.exit(not dry_run and bool(result.stopped))
 
 
 if __name__ == "__main__":
