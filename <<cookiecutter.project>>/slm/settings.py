@@ -106,7 +106,7 @@ class Curate(Section):
     review_fields: list[str] = []  # rows to look at: a label, "field" (where it is filled) or "field=value"
     expert_fields: dict[str, list[str]] = {}  # the same names -> who may sign: reviewers' names, or their roles
     review_sample: int = Field(40, ge=0)  # rows drawn at random into the queue, so that kappa is measured fairly
-    review_most: int = Field(100, ge=1)  # rows queued for each reason at most
+    review_most: int = Field(50, ge=1)  # rows queued for each reason at most
     cluster_share: float = Field(0.3, gt=0, le=1)  # a cluster with more of the rows than this is warned of
     embedder: str = ""  # model2vec folder or Hub id for clusters; "" = TF-IDF
     privacy: Literal["patterns", "presidio"] = "patterns"  # presidio: names and numbers by a language model too

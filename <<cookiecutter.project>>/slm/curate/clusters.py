@@ -46,8 +46,8 @@ def _clusters(texts: list[str], settings, k: int) -> tuple[list[int], list[float
     return [ids[label] for label in model.labels_.tolist()], apart.tolist()
 
 
-def cluster_table(rows: list[Row] | Path, settings, examples: int = 2):
-    """A table of the clusters, the largest first: rows, share, the texts nearest to the centre, and a warning where one
+def cluster_table(rows: list[Row] | Path, settings):
+    """A table of the clusters, the largest first: rows, share, the two texts nearest to the centre, a warning where one
     holds more than `curate.cluster_share` of the rows. `rows`: rows, or the file that holds them."""
     import pandas as pd
 
@@ -56,10 +56,10 @@ def cluster_table(rows: list[Row] | Path, settings, examples: int = 2):
     ids, apart = _clusters(texts, settings, 0)
     members: dict[int, list[str]] = defaultdict(list)
     for place in sorted(range(len(texts)), key=apart.__getitem__):
-        members[ids[place]].append(texts[place][:80])
+        members[ids[place]].append(texts[place][:48])
     lines = []
     for cluster, inside in sorted(members.items(), key=lambda item: -len(item[1])):
         share = len(inside) / len(texts)
         warning = f"one cluster holds {share:.0%} of the rows" if share > settings.curate.cluster_share else ""
-        lines.append((cluster, len(inside), round(share, 3), " | ".join(inside[:examples]), warning))
-    return pd.DataFrame(lines, columns=["cluster", "rows", "share", "nearest", "warning"])
+        lines.append((cluster, len(inside), round(share, 3), *(inside + [""])[:2], warning))
+    return pd.DataFrame(lines, columns=["cluster", "rows", "share", "nearest", "next", "warning"])
