@@ -124,7 +124,7 @@ class Train(Section):
     lora_rank: int = Field(16, ge=1)
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
-    lora_layers: int = Field(0, ge=0)  # adapters on the upper n layers only; 0: on all of them
+    lora_layers: int = Field(0, ge=0)  # adapters on the upper n layers only; 0 or more than there are: on all
     target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     learning_rate: float = Field(2e-4, gt=0)
     batch_size_per_device: int = Field(2, ge=1)

@@ -86,7 +86,7 @@ def tiny():
     from slm.models.embedded import tiny_folder
     from slm.models.hf import HFModel
 
-    model = HFModel(tiny_folder(), batch_size=3)
+    model = HFModel(tiny_folder(), "tiny", batch_size=3)
     model.model.float()
     return model
 

@@ -14,6 +14,7 @@ import yaml
 
 from slm import registry
 from slm.errors import SlmError
+from slm.models import base_folder
 from slm.rows import make_row, write_json, write_rows
 from slm.settings import load_settings
 from slm.train import (
@@ -28,6 +29,7 @@ from slm.train import (
     train,
 )
 from slm.train.encode import Example, stop_ids
+from slm.train.load import load_trl
 from slm.train.sft import newest_checkpoint
 from task.contract import contract
 
@@ -153,6 +155,15 @@ def test_the_recipe_arrives_under_the_trainers_names(project):
     changed = sft_arguments(settings_of(project, batch_size_per_device=2, weight_decay=0.3, lr_scheduler="linear"), project, 16)
     assert (changed["per_device_train_batch_size"], changed["weight_decay"], changed["lr_scheduler_type"]) == (2, 0.3, "linear")
     assert lora_arguments(settings_of(project, lora_rank=4, lora_alpha=8))["lora_alpha"] == 8
+
+
+def test_adapters_sit_on_the_upper_layers_only_when_so_asked(project):
+    """Guards against adapters on the wrong end of the model, and against a crash on a model with fewer layers."""
+    settings = settings_of(project, lora_layers=1)
+    names = [name for name, weight in load_trl(settings).named_parameters() if weight.requires_grad]
+    depth = json.loads((base_folder(settings) / "config.json").read_text())["num_hidden_layers"]
+    assert names and all(f".layers.{depth - 1}." in name for name in names)
+    assert lora_arguments(settings_of(project, lora_layers=99))["layers_to_transform"] == list(range(depth))
 
 
 def test_what_this_machine_cannot_do_is_not_in_force(project):

@@ -95,7 +95,7 @@ def student(settings, adapter: Path | None = None) -> Model:
     """The base model, or the base with a trained adapter over it, in `transformers`."""
     from slm.models.hf import HFModel
 
-    return HFModel(base_folder(settings), adapter, batch_size=settings.evaluate.batch_size)
+    return HFModel(base_folder(settings), base_hash(settings), adapter, batch_size=settings.evaluate.batch_size)
 
 
 def larger(settings) -> Model | None:

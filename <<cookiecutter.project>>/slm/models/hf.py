@@ -10,9 +10,9 @@ from slm.models.base import Answer, Prompt
 
 
 class HFModel:
-    """`folder` with `adapter` merged over it, in bfloat16, on the GPU when there is one."""
+    """`folder` with `adapter` merged over it, in bfloat16, on the GPU when there is one. `weights` is the folder's hash."""
 
-    def __init__(self, folder: Path, adapter: Path | None = None, batch_size: int = 16):
+    def __init__(self, folder: Path, weights: str, adapter: Path | None = None, batch_size: int = 16):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,11 +32,9 @@ class HFModel:
 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         self.model = model.to(device).eval()
-        weights = sorted(Path(adapter or folder).glob("*.safetensors"))
-        digest = "".join(file_hash(f)[:8] for f in weights)
-        base = "" if adapter is None else "".join(file_hash(f)[:8] for f in sorted(Path(folder).glob("*.safetensors")))
+        trained = "".join(file_hash(f)[:8] for f in sorted(Path(adapter).glob("*.safetensors"))) if adapter else ""
         self.name = Path(adapter or folder).name
-        self.fingerprint = f"hf {base} {digest} {hash_text(self.tokenizer.chat_template)}"
+        self.fingerprint = f"hf {weights} {trained} {hash_text(self.tokenizer.chat_template)}"
         self._batch = batch_size
 
     def render(self, messages: list[dict]) -> str:

@@ -89,15 +89,13 @@ def shared_arguments(settings, out: Path) -> dict:
 
 def lora_arguments(settings) -> dict:
     """Keyword arguments of `peft.LoraConfig` and of Unsloth's `get_peft_model`. Layers below the lowest adapter need no
-    backward pass. Raises SlmError when `lora_layers` is more than the base has."""
+    backward pass."""
     from transformers import AutoConfig
 
     recipe, layers = settings.train, None
     if recipe.lora_layers:
         depth = AutoConfig.from_pretrained(base_folder(settings)).get_text_config().num_hidden_layers
-        if recipe.lora_layers > depth:
-            raise SlmError(f"train.lora_layers {recipe.lora_layers}: {settings.model.base} has {depth} layers; 0 takes all.")
-        layers = list(range(depth - recipe.lora_layers, depth))
+        layers = list(range(max(0, depth - recipe.lora_layers), depth))
     return {
         "r": recipe.lora_rank, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout,
         "target_modules": recipe.target_modules, "layers_to_transform": layers, "bias": "none",
