@@ -118,7 +118,7 @@ def test_review_by_keyboard(project, page):
     cells = page.locator(".jp-Notebook .jp-Cell").count()
     assert PLANT in card.locator(".turn.user").inner_text()
     assert card.locator("img").count() == 0 and page.title() != "owned"
-    assert "critical field: order_id" in card.inner_text()
+    assert "high risk: order_id" in card.inner_text()
 
     shot("1_queue")
     card.locator(".turn.user").click()

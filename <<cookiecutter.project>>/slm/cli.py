@@ -64,6 +64,22 @@ def review(
     print(f"run {run_id}: report {record['report'][:12]} reviewed by {record['reviewer']}.")
 
 
+@app.command("import")
+def import_(
+    file: Annotated[str, typer.Argument(help=".jsonl, .csv, .tsv, .parquet, a folder saved by `datasets`, or a Hub id.")],
+    columns: Annotated[str, typer.Option(help="target=column,…: user, answer or answer.<field>, category, language, group, …")] = "",
+    source: Annotated[str, typer.Option(help="human, production, teacher or program.")] = "human",
+    out: Annotated[str, typer.Option(help="By default data/generated/<name>.jsonl.")] = "",
+    split: Annotated[str, typer.Option(help="Of a `datasets` set.")] = "train",
+    config: Config = "project.yaml",
+) -> None:
+    """Bring your own rows: a whole file becomes rows, or the bad lines are named and nothing is written."""
+    from slm.generate.importer import import_rows
+
+    path, count = import_rows(load_settings(config), file, columns, source, out, split)
+    print(f"{count} rows in {path}; 04_curate judges them.")
+
+
 @rows.command()
 def decide(
     row_id: RowId, decision: Annotated[Literal["accept", "reject"], typer.Argument(help="Edits are made in 04.")],

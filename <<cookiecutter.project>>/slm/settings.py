@@ -58,6 +58,8 @@ class Endpoint(Section):
     concurrency: int = Field(8, ge=1, le=256)
     timeout_s: float = 60.0
     retries: int = Field(4, ge=0, le=10)
+    requests_per_minute: int = Field(0, ge=0)  # 0: no limit but the endpoint's own
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # some models take only the second
     usd_per_1m_input: float = 0.0
     usd_per_1m_output: float = 0.0
 
@@ -75,8 +77,13 @@ class Model(Section):
 class Generate(Section):
     """Teacher rows (03)."""
 
-    teacher: Literal["recorded", "openai"] = "recorded"
+    teacher: Literal["recorded", "openai", "gguf"] = "recorded"
     endpoint: Endpoint = Endpoint()
+    endpoints: list[Endpoint] = []  # more teachers: calls are dealt out among all, so that they can be compared
+    gguf: str = ""  # path of the local teacher's file
+    context: int = Field(4096, ge=512)  # of the local teacher, in tokens
+    languages: dict[str, float] = {}  # language code -> share; empty: the shares among the seed rows
+    feasible_at: float | None = Field(None, ge=0, le=1)  # least dev score of a teacher; none: the contract's target
     rows_target: int = Field(600, ge=1)
     batch_rows: int = Field(20, ge=1, le=200)
     budget_usd: float = Field(5.0, ge=0)

@@ -22,6 +22,7 @@ from slm.errors import SlmError
 from slm.generate import Request, generate, grid, label_values, plan, teacher
 from slm.generate.plan import quotas
 from slm.generate.salvage import objects, rows_from
+from slm.models import openai_api
 from slm.rows import make_row, read_rows, write_jsonl, write_rows
 from slm.settings import load_settings
 
@@ -110,7 +111,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(teacher, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(openai_api, "BACKOFF_S", 0.01)
 
 
 def project(tmp_path, url="", **generate_settings):
@@ -216,7 +217,7 @@ def test_dead_endpoint_stops_and_says_so(tmp_path):
     """A run that hammers a port where nobody listens, once per cell."""
     settings = project(tmp_path, "http://127.0.0.1:9/v1", endpoint={"concurrency": 1, "retries": 0})
     result = generate(settings, CONTRACT, prompt)
-    assert "three calls in a row" in result.stopped and result.calls == 3
+    assert "3 calls in a row" in result.stopped and result.calls == 3
 
 
 def test_cut_off_jsonl_is_salvaged_and_asked_again(tmp_path, server):
@@ -270,10 +271,10 @@ def test_killed_run_goes_on_and_asks_nothing_twice(tmp_path, server):
 def test_reply_stored_but_not_written_is_used(tmp_path, server):
     """A kill between the answer's arrival and the batch file."""
     settings = project(tmp_path, server.url)
-    store = teacher.Store(settings.path(".cache/teacher.sqlite"))
-    meta = {"category": "a", "kind": "canonical", "difficulty": "easy", "provenance": {"request": ASK[0].id}}
+    store = teacher.Store(settings)
+    meta = {"category": "a", "kind": "canonical", "difficulty": "easy", "provenance": {"request": ASK[0].id, "teacher": "m"}}
     text = "\n".join(json.dumps({"input": f"kept message {i}", "output": {"label": "a"}}) for i in range(5))
-    store.put(teacher.Job("k", "p", 9, {"meta": meta, "rows": 5}), text, "stop")
+    store.put(teacher.Job("k", "p", 9, {"meta": meta, "rows": 5}), text)
     result = generate(settings, CONTRACT, prompt, ASK)
     assert len(result.rows) == 5 and result.calls == 0 and result.reused == 1
 

@@ -20,7 +20,7 @@ from slm.curate.decisions import Decision, decide, read_decisions
 from slm.curate.judge import Judge, agreement
 from slm.curate.privacy import guessed
 from slm.curate.read import Candidate, Verdict
-from slm.curate.review import by_hand, exact, extra_gates, named, restore, review, unsigned
+from slm.curate.review import by_hand, extra_gates, named, restore, review
 from slm.curate.rubric import DIMENSIONS, refusal
 from slm.errors import SlmError
 from slm.rows import make_row, write_jsonl, write_rows
@@ -165,7 +165,7 @@ def test_judge_asks_nothing_twice_and_again_when_the_row_changed(tmp_path):
 
     with endpoint(dies) as (url, asked):
         cfg, rows = judged(tmp_path, url)
-        with pytest.raises(SlmError):
+        with pytest.raises(SlmError, match="HTTP 500.*what was answered is kept"):
             Judge(cfg, CONTRACT, prompt)(rows)
         kept = len(registry.read(cfg, "judge"))
         assert kept == 6
@@ -182,11 +182,11 @@ def test_judge_asks_nothing_twice_and_again_when_the_row_changed(tmp_path):
 def test_judge_stops_before_its_budget_is_passed(tmp_path, capsys):
     """A bill above the budget; rows without a verdict that are refused for it; money that no ledger shows."""
     with endpoint(by_text) as (url, asked):
-        cfg, rows = judged(tmp_path, url, people=12, judge_budget_usd=1.5)
+        cfg, rows = judged(tmp_path, url, people=12, judge_budget_usd=1.1)
         verdicts = Judge(cfg, CONTRACT, prompt)(rows)
     spent = cost.spent(cfg, "data_review_cost")
-    assert len(asked) < 20 and spent == pytest.approx(0.05 * len(asked)) and spent <= 1.5
-    assert "judge budget" in capsys.readouterr().out and verdicts[18] is None
+    assert len(asked) < 20 and spent == pytest.approx(0.05 * len(asked)) and spent <= 1.1
+    assert "rows not judged" in capsys.readouterr().out and verdicts[18] is None
 
 
 def test_kappa_is_cohens(tmp_path):
@@ -211,7 +211,8 @@ def test_people_decide_about_edited_rows_as_edited(tmp_path):
 def test_regex_gate_names_the_field(tmp_path):
     """An order number of the wrong form that the schema lets pass; an empty field refused for being empty."""
     rows = [row("a", order="TL-12345"), row("b", order="TL-12345x"), row("c")]
-    found = exact(rows, values(rows), CONTRACT, {"order": r"TL-\d{5}", "answer": r"\{.*\}"})
+    cfg = settings(tmp_path, patterns={"order": r"TL-\d{5}", "answer": r"\{.*\}"})
+    found = extra_gates(cfg, CONTRACT)[0][1](rows, values(rows))
     assert [bool(v) for v in found] == [False, True, False]
     assert found[1] == Verdict("regex", "order does not match its pattern", {"order": "TL-12345x"})
 
@@ -234,7 +235,7 @@ def test_expert_rows_wait_for_their_expert(tmp_path, reviewer, decision, signed)
     rows = [row("down", "outage", id="x"), row("fine", "bug", id="y")]
     if reviewer:
         decide(cfg, Decision(id="x", decision=decision, reviewer=reviewer, answer=answer("outage")))
-    found = unsigned(rows, values(rows), CONTRACT, cfg)
+    found = extra_gates(cfg, CONTRACT)[0][1](rows, values(rows))
     assert [bool(v) for v in found] == [not signed, False]
     if not signed:
         assert found[0].reason == "outage waits for the sign-off of Ada Byron or counsel"
@@ -258,7 +259,7 @@ def curated(tmp_path):
     refused = [
         ("duplicates", near, "near"), ("duplicates", near | {"similarity": 0.9}, "same"), ("trivial", {}, "trivial"),
         ("label_consistency", near | {"similarity": 0.9}, "against"), ("personal_data", {"phrase": "4111…"}, "card"),
-        ("expert_signoff", {"field": "outage", "experts": ["Ada"]}, "sign"),
+        ("expert_signoff", {"field": "outage", "experts": [["Ada"]]}, "sign"),
     ]  # fmt: skip
     write_rows(tmp_path / "data/accepted/all.jsonl", accepted)
     records = [Candidate("f", 1, "", row(f"text of {i}", id=i), Verdict(g, "a reason", e)).record() for g, e, i in refused]
@@ -274,7 +275,7 @@ def test_queue_holds_what_needs_a_person_and_says_why(curated):
     why = {r.id: reasons[0] for r, reasons in found.items}
     assert why["sign"] == "sign-off: outage" and why["against"].startswith("contradiction: label")
     assert why["near"] == "borderline: jaccard 0.62 to a1"
-    assert (why["down"], why["order"]) == ("high risk: outage", "critical field: order")
+    assert (why["down"], why["order"]) == ("high risk: outage", "high risk: order")
     assert not {"same", "trivial", "card"} & set(why)
     assert [i[0].id for i in found.items][:3] == ["sign", "against", "near"]
     assert sum("random sample" in reasons for _, reasons in found.items) == 3
@@ -298,7 +299,7 @@ def test_judge_refusals_that_do_not_count_are_queued(curated):
     """A judge that is shown and not applied, and that nobody reads."""
     registry.append(curated, "judge", {"id": "a3", "prompt": "x", "judge": "m", "text": say(safety=1)})
     why = {r.id: reasons for r, reasons in review(curated, CONTRACT).items}
-    assert why["a3"][0] == "judge refuses: safety 1, at least 4; because"
+    assert why["a3"][0] == "judge refuses: safety 1, at least 4: because"
 
 
 def send(queue, word, **message):
@@ -407,8 +408,8 @@ def test_clusters_find_topics_and_warn_of_one_that_dominates(tmp_path):
         topic = "card" if n < 60 else "page" if n < 75 else "name"
         texts.append(" ".join(random.Random(n).sample(words[topic].split(), 4)) + f" {topic}")
         topics.append(topic)
-    ids = cluster_ids(texts, cfg, 3)
-    assert len(ids) == 90 and len(set(ids)) == 3 and ids == cluster_ids(texts, cfg, 3)
+    ids = cluster_ids(texts, cfg)
+    assert len(ids) == 90 and 3 <= len(set(ids)) <= 10 and ids == cluster_ids(texts, cfg)
     pure = [Counter(t for t, i in zip(topics, ids, strict=True) if i == k).most_common(1)[0][1] for k in set(ids)]
     assert sum(pure) >= 85
     table = cluster_table([row(text) for text in ["the same old thing again"] * 40 + texts[:10]], cfg)

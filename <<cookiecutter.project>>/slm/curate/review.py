@@ -1,11 +1,10 @@
 """Rows that a person must look at: the gates that wait for one, the queue with its reasons, and the widget of 04."""
 
-import hashlib
 import json
 import re
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,40 +12,49 @@ from pathlib import Path
 from slm import registry
 from slm.curate import privacy
 from slm.curate.decisions import Decision, decide, read_decisions
-from slm.curate.judge import Judge, find_rows
+from slm.curate.judge import Judge, digest, find_rows
 from slm.curate.read import Verdict
 from slm.curate.rubric import refusal
 from slm.errors import SlmError
 from slm.rows import Row, iter_lines
 
 PROVEN = ("json_validity", "schema_validity", "contract_validity", "length", "personal_data", "evaluation_leakage", "removed")
-WHY = ("sign-off", "judge refuses", "contradiction", "borderline", "high risk", "critical field", "random sample")
+WHY = ("sign-off", "judge refuses", "contradiction", "borderline", "high risk", "random sample")  # most pressing first
 BORDER = 0.05  # a similarity this close above its threshold is worth a look
 
 
 def extra_gates(settings, contract, judge_prompt: Callable | None = None) -> list[tuple[str, Callable]]:
     """The optional gates that the settings turn on, as (name, function of rows and values -> verdicts)."""
-    cfg, gates = settings.curate, []
+    cfg, gates, decisions = settings.curate, [], read_decisions(settings)
     if cfg.patterns:
-        gates.append(("regex", partial(exact, contract=contract, patterns=cfg.patterns)))
+        gates.append(("regex", _each("regex", partial(exact, contract=contract, patterns=cfg.patterns))))
     if cfg.privacy == "presidio":
         gates.append(("personal_data_model", partial(privacy.guessed, models=cfg.spacy_models)))
     if cfg.judge.url and judge_prompt:
         gates.append(("judge", Judge(settings, contract, judge_prompt)))
     if cfg.expert_fields:
-        gates.append(("expert_signoff", partial(unsigned, contract=contract, settings=settings)))
+        look = partial(unsigned, contract=contract, experts=cfg.expert_fields, decisions=decisions)
+        gates.append(("expert_signoff", _each("expert_signoff", look)))
     return gates
 
 
-def exact(rows: list[Row], values: list[dict], contract, patterns: dict[str, str]) -> list[Verdict | None]:
+def _each(name: str, look: Callable) -> Callable:
+    return lambda rows, values: [Verdict(name, *hit) if (hit := look(*pair)) else None for pair in zip(rows, values, strict=True)]
+
+
+def exact(row: Row, value: dict, contract, patterns: dict[str, str]) -> tuple[str, dict] | None:
     """The regex gate: each named field that is filled (or "answer", the whole text) matches its pattern in full."""
-    verdicts: list[Verdict | None] = []
-    for row, value in zip(rows, values, strict=True):
-        flat = {**contract.flatten(value), "answer": row.answer}
-        wrong = [n for n, p in patterns.items() if flat.get(n) is not None and not re.fullmatch(p, str(flat[n]))]
-        proof = {name: str(flat[name])[:200] for name in wrong}
-        verdicts.append(Verdict("regex", f"{wrong[0]} does not match its pattern", proof) if wrong else None)
-    return verdicts
+    flat = {**contract.flatten(value), "answer": row.answer}
+    wrong = [n for n, p in patterns.items() if flat.get(n) is not None and not re.fullmatch(p, str(flat[n]))]
+    return (f"{wrong[0]} does not match its pattern", {name: str(flat[name])[:200] for name in wrong}) if wrong else None
+
+
+def unsigned(row: Row, value: dict, contract, experts: dict[str, list[str]], decisions: dict) -> tuple[str, dict] | None:
+    """The sign-off gate: a row that carries a name of `experts` stays out until one of the people named took it."""
+    lacking = [n for n in named(experts, value, contract) if not _signed(decisions.get(row.id), experts[n])]
+    who = " or ".join(experts[lacking[0]]) if lacking else ""
+    proof = {"field": ", ".join(lacking), "experts": [experts[name] for name in lacking]}
+    return (f"{lacking[0]} waits for the sign-off of {who}", proof) if lacking else None
 
 
 def named(names, value: dict, contract) -> list[str]:
@@ -56,24 +64,12 @@ def named(names, value: dict, contract) -> list[str]:
     return [name for name in names if name in carried]
 
 
-def unsigned(rows: list[Row], values: list[dict], contract, settings) -> list[Verdict | None]:
-    """The sign-off gate: a row that carries a name of `curate.expert_fields` stays out until one of its people takes it."""
-    experts, decisions = settings.curate.expert_fields, read_decisions(settings)
-    verdicts: list[Verdict | None] = []
-    for row, value in zip(rows, values, strict=True):
-        lacking = [n for n in named(experts, value, contract) if not _signed(decisions.get(row.id), experts[n])]
-        proof = {"field": lacking[0], "experts": experts[lacking[0]]} if lacking else {}
-        reason = f"{lacking[0]} waits for the sign-off of {' or '.join(proof['experts'])}" if lacking else ""
-        verdicts.append(Verdict("expert_signoff", reason, proof) if lacking else None)
-    return verdicts
-
-
 def _signed(decision: Decision | None, allowed: list[str]) -> bool:
     """Whether one of `allowed` took the row; "Ada Byron (counsel)" is both Ada Byron and counsel."""
     if decision is None or decision.decision == "reject":
         return False
-    names = {part.strip().lower() for part in (decision.reviewer, *re.split(r"[()]", decision.reviewer))} - {""}
-    return bool(names & {person.strip().lower() for person in allowed})
+    names = {part.strip().lower() for part in (decision.reviewer, *re.split(r"[()]", decision.reviewer))}
+    return bool(names & {person.strip().lower() for person in allowed if person.strip()})
 
 
 def by_hand(settings, row_id: str, decision: str, reviewer: str, reason: str = "") -> Decision:
@@ -86,51 +82,49 @@ def by_hand(settings, row_id: str, decision: str, reviewer: str, reason: str = "
 def restore(settings, row_id: str, reviewer: str, reason: str = "") -> Decision:
     """A person takes a refused row back; 04 lets it through on its next run. Raises SlmError for a row that is not in
     data/rejected, or whose gate is no matter of opinion."""
-    record = next((r for r in judged_rows(settings) if r["gate"] and r["row"]["id"] == row_id), None)
+    record = next((r for r in _judged(settings) if r["gate"] and r["row"]["id"] == row_id), None)
     if record is None:
         raise SlmError(f"{row_id}: no such row in data/rejected; the ids stand in its files.")
-    gate, decision = record["gate"], Decision(id=row_id, decision="accept", reviewer=reviewer, reason=reason)
-    if gate in PROVEN:
-        raise SlmError(f"{row_id}: {record['reason']} ({gate}); no decision overrules that, mend the row at its source.")
-    if gate == "expert_signoff" and not _signed(decision, record["evidence"]["experts"]):
-        raise SlmError(f"{row_id}: {record['reason']}; {reviewer} is none of them.")
+    decision, why = Decision(id=row_id, decision="accept", reviewer=reviewer, reason=reason), record["reason"]
+    if record["gate"] in PROVEN:
+        raise SlmError(f"{row_id}: {why} ({record['gate']}); no decision overrules that, mend the row at its source.")
+    if record["gate"] == "expert_signoff" and not all(_signed(decision, who) for who in record["evidence"]["experts"]):
+        raise SlmError(f"{row_id}: {why}; {reviewer} is none of them.")
     return decide(settings, decision)
 
 
-def judged_rows(settings):
+def _judged(settings) -> Iterator[dict]:
     """What 04 decided last, one record a row as data/rejected keeps it; accepted rows have the gate ""."""
-    accepted, rejected = settings.path("data/accepted/all.jsonl"), sorted(settings.path("data/rejected").glob("*.jsonl"))
-    for path in ([accepted] if accepted.is_file() else []) + rejected:
-        for _, line in iter_lines(path):
-            record = json.loads(line)
-            record = {"gate": "", "reason": "", "evidence": {}, "row": record} if path == accepted else record
+    accepted = settings.path("data/accepted/all.jsonl")
+    for path in [accepted] * accepted.is_file() + sorted(settings.path("data/rejected").glob("*.jsonl")):
+        for record in (json.loads(line) for _, line in iter_lines(path)):
+            record = {"gate": "", "evidence": {}, "row": record} if path == accepted else record
             if "row" in record:
                 yield record
 
 
 def review(settings, contract) -> "Review":
-    """The rows of the last run of 04 that wait for a person, those with the most pressing reason first."""
-    cfg, decided = settings.curate, read_decisions(settings)
-    words = {line["id"]: refusal(line["text"])[0] for line in registry.read(settings, "judge")}
+    """The rows of the last run of 04 that wait for a person, those with the most pressing reason first. Of the critical
+    fields, those count that may be null: the others every row fills."""
+    cfg, decided, fields = settings.curate, read_decisions(settings), contract.schema.get("properties", {})
+    refused = {line["id"]: refusal(line["text"])[0] for line in registry.read(settings, "judge")}
     border = {"jaccard": BORDER + cfg.near_duplicate, "cosine": BORDER + cfg.semantic_duplicate}
-    fields = contract.schema.get("properties", {})
-    critical = [n for n in contract.critical if {"type": "null"} in fields.get(n, {}).get("anyOf", ())]
+    critical = [name for name in contract.critical if {"type": "null"} in fields.get(name, {}).get("anyOf", ())]
+    risky = (*contract.unsafe_labels, *critical, *cfg.review_fields)
     queue: dict[str, tuple[Row, list[str]]] = {}
     found, sample = Counter(), []
-    for record in judged_rows(settings):
+    for record in _judged(settings):
         if (gate := record["gate"]) in PROVEN:
             continue
         row, proof, why = Row.model_validate(record["row"]), record["evidence"], []
-        if gate in ("", "judge", "human_review") and cfg.review_sample:
-            insort(sample, (hashlib.sha256(f"{cfg.seed}:{row.id}".encode()).digest(), row), key=lambda pair: pair[0])
+        if gate in ("", "judge", "human_review"):
+            insort(sample, (digest(f"{cfg.seed}:{row.id}"), row), key=lambda pair: pair[0])
             del sample[cfg.review_sample :]
         if gate == "expert_signoff":
             why.append(f"sign-off: {proof['field']}")
         elif gate in ("", "judge"):
-            value = contract.parse(row.answer).value
-            why += [f"judge refuses: {words[row.id]}"] if words.get(row.id) else []
-            why += [f"high risk: {name}" for name in named((*contract.unsafe_labels, *cfg.review_fields), value, contract)]
-            why += [f"critical field: {name}" for name in named(critical, value, contract)]
+            why += [f"judge refuses: {refused[row.id]}"] if refused.get(row.id) else []
+            why += [f"high risk: {name}" for name in named(risky, contract.parse(row.answer).value, contract)]
         elif gate == "label_consistency":
             why.append(f"contradiction: {proof['field']} is answered differently in {proof['twin']}")
         elif gate == "duplicates" and proof["similarity"] < border.get(proof["measure"], 0):
@@ -165,7 +159,7 @@ class Review:
         import pandas as pd
 
         queued = Counter(why[0].split(":")[0] for _, why in self.items)
-        lines = [{"why": why, "found": n, "queued": queued[why]} for why, n in self.found.items()]
+        lines = [(why, n, queued[why]) for why, n in self.found.items()]
         return pd.DataFrame(lines, columns=["why", "found", "queued"])
 
     def card(self) -> dict:
@@ -181,25 +175,24 @@ class Review:
 
     def act(self, message: dict) -> None:
         """`message` holds do (accept, reject, edit, next, back), the id of the row that was seen, reviewer, reason, answer."""
-        self.error, step = "", {"next": 1, "back": -1}.get(message["do"], 0)
-        if step:
-            self.at = max(0, min(len(self.items) - 1, self.at + step))
-        elif message["id"] == self.items[self.at][0].id:  # a key pressed twice must not decide a row that nobody saw
+        self.error, row = "", self.items[self.at][0]
+        if message["do"] in ("next", "back"):
+            self.at = max(0, min(len(self.items) - 1, self.at + (1 if message["do"] == "next" else -1)))
+        elif message["id"] == row.id:  # a key pressed twice must not decide a row that nobody saw
             try:
-                self._decide(self.items[self.at][0], message)
+                self._decide(row, message["do"], message.get("reviewer", "").strip(), message)
             except (SlmError, OSError) as problem:
                 self.error = str(problem)
 
-    def _decide(self, row: Row, message: dict) -> None:
-        word, reviewer, answer = message["do"], message.get("reviewer", "").strip(), None
+    def _decide(self, row: Row, word: str, reviewer: str, message: dict) -> None:
         if not reviewer:
             raise SlmError("Who decides? Write your name above first.")
+        answer, reason = None, message.get("reason", "").strip()
         if word == "edit":
             parsed = self.contract.parse(message["answer"])
             if parsed.error:
                 raise SlmError(f"Not taken, it breaks the contract: {parsed.error}")
             answer = self.contract.dump(parsed.value)
-        reason = message.get("reason", "").strip()
         decide(self.settings, Decision(id=row.id, decision=word, reviewer=reviewer, answer=answer, reason=reason))
         self.done[row.id] = word
         order = [*range(self.at + 1, len(self.items)), *range(self.at)]
@@ -217,11 +210,10 @@ class Review:
             _esm = Path(__file__).with_name("review.js").read_text(encoding="utf-8")
             card = traitlets.Dict().tag(sync=True)
 
-        shown = Widget(card=self.card())
-
-        def on_message(_, message: dict, __) -> None:
+        def on_message(shown: Widget, message: dict, _) -> None:
             self.act(message)
             shown.card = self.card() | {"turn": shown.card.get("turn", 0) + 1}
 
+        shown = Widget(card=self.card())
         shown.on_msg(on_message)
         return shown

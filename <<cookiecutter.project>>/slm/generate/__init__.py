@@ -1,6 +1,10 @@
-"""03: plan what is missing, ask the teacher for it, keep every answer."""
+"""03: plan what is missing, see that the teacher can do the task, ask it, keep every answer; or bring your own rows."""
 
-from slm.generate.batch import Generated, generate, save_prompts
-from slm.generate.plan import Request, grid, label_values, plan, seed_rows
+from slm.generate.batch import Generated, estimate, generate, save_prompts
+from slm.generate.compare import acceptance, feasibility, spending
+from slm.generate.plan import Request, grid, label_values, languages, plan, seed_rows
 
-__all__ = ["Generated", "Request", "generate", "grid", "label_values", "plan", "save_prompts", "seed_rows"]
+__all__ = [
+    "Generated", "Request", "acceptance", "estimate", "feasibility", "generate", "grid", "label_values", "languages", "plan",
+    "save_prompts", "seed_rows", "spending",
+]  # fmt: skip

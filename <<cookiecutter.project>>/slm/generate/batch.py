@@ -1,5 +1,6 @@
 """One run of the teacher becomes one append-only batch file; a killed run goes on where it stopped."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -10,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from slm import cost
 from slm.errors import SlmError
 from slm.generate.plan import Request, _records, batches, label_values, plan, seed_rows
 from slm.generate.salvage import rows_from
-from slm.generate.teacher import Job, Reply, Store, Teacher
+from slm.generate.teacher import LOCAL_ROWS, Job, Purse, Store, endpoints, teachers
+from slm.models.base import Prompt
+from slm.models.openai_api import run
 from slm.rows import Row, read_rows, write_text
 
 ROUNDS = 3  # cells that came back short are asked again, this often at most
@@ -51,55 +55,100 @@ class Generated:
 def generate(
     settings, contract, generation_prompt: Callable, requests: list[Request] | None = None, limit: int = 0
 ) -> Generated:
-    """Ask the teacher for what is missing and append it to the next data/generated/batch_NNN.jsonl.
+    """Ask the teachers for what is missing and append it to the next data/generated/batch_NNN.jsonl.
     `generation_prompt(contract, request, seed_rows)` gives the text of one call. `requests` replace the grid (repair
-    work). `limit`: rows of this run at most, 0 for no limit. Raises SlmError when the teacher cannot be used."""
-    if settings.generate.teacher == "recorded":
-        return _recorded(settings, limit or settings.generate.limit)
+    work). `limit`: rows of this run at most, 0 for no limit. Raises SlmError when a teacher cannot be used, or when
+    another run is at work."""
+    with Purse(settings) as purse:
+        batch = _Batch(settings)
+        purse.batch = batch.path.stem
+        if settings.generate.teacher == "recorded":
+            return _recorded(settings, batch, limit or settings.generate.limit)
+        return _asked(settings, contract, generation_prompt, requests, limit, purse, batch)
+
+
+def _asked(settings, contract, generation_prompt, requests, limit, purse, batch) -> Generated:
     from tqdm.auto import tqdm
 
-    from slm.models.openai_api import run
-
-    batch = _Batch(settings)
-    result, store = batch.result, Store(settings.path(".cache/teacher.sqlite"))
-    teacher = Teacher(settings, store)
-    before = teacher.spent
-    seeds, labels = seed_rows(settings), set(label_values(contract))
+    result, store, models, before = batch.result, Store(settings), teachers(settings, purse), purse.spent
+    labels, sampling = set(label_values(contract)), {"temperature": settings.generate.temperature}
+    sampling["schema"] = _rows_schema(contract) if settings.generate.teacher == "gguf" else None
 
     def label(answer: str) -> str | None:
         value = contract.label(contract.parse(answer, lenient=True).value)
         return value if value in labels else None
 
-    def take(reply: Reply) -> None:
-        batch.add(*rows_from(reply.text, reply.job.facts["meta"], label))
-        store.use(reply.job.key)
-        result.reused += reply.cached
+    def take(job: Job, text: str) -> None:
+        batch.add(*rows_from(text, job.facts["meta"], label), job.facts["meta"])
+        store.use(job.key)
 
-    for reply in store.unused():
-        take(reply)
+    for job, text in store.unused():
+        take(job, text)
+        result.reused += 1
     for turn in range(ROUNDS):
-        missing = plan(settings, contract, requests)
-        jobs = _jobs(settings, contract, teacher, generation_prompt, seeds, missing, limit and limit - len(result.rows))
-        if not jobs or (limit and len(result.rows) >= limit) or teacher.stopped:
+        live = [model for model in models if not model.stopped]
+        left = limit and limit - len(result.rows)
+        if not live or left < 0 or (limit and not left):
             break
-        known, ask = set(batch.known), []
-        for job in jobs:
-            kept = [Reply(job, *r, cached=True) for r in store.get(job.key)]
-            new = [r for r in kept if any(x.id not in known for x in rows_from(r.text, job.facts["meta"])[0])]
-            if new:
-                take(new[0])
+        missing, names = plan(settings, contract, requests), [model.name for model in live]
+        ask, known = [], set(batch.known)
+        for job in _jobs(settings, contract, names, generation_prompt, missing, left):
+            kept = (text for text in store.get(job.key) if {r.id for r in rows_from(text, job.facts["meta"])[0]} - known)
+            if text := next(kept, None):
+                take(job, text)
+                result.reused += 1
             else:
                 ask.append(job)
+        if not ask:
+            break
         with tqdm(total=sum(j.facts["rows"] for j in ask), desc=f"teacher, round {turn + 1}", unit="row") as bar:
 
-            def on_reply(reply: Reply, bar=bar) -> None:
-                take(reply)
-                bar.update(reply.job.facts["rows"])
+            async def put(model, bar=bar, ask=ask) -> None:
+                jobs = [job for job in ask if job.facts["meta"]["provenance"]["teacher"] == model.name]
 
-            run(teacher.ask_all(ask, on_reply))
-    result.calls, result.failed = teacher.calls, sum(map(bool, teacher.failures))
-    result.money, result.stopped = teacher.spent - before, teacher.stopped
+                def on_answer(n: int, answer) -> None:
+                    if answer.finish_reason != "error":
+                        store.put(jobs[n], answer.text)
+                        take(jobs[n], answer.text)
+                    bar.update(jobs[n].facts["rows"])
+
+                # The seed: a local model that is asked the same again must not answer the same again.
+                await model.each([
+                    Prompt([{"role": "user", "content": j.prompt}], j.max_tokens, seed=len(store.get(j.key)), **sampling)
+                    for j in jobs
+                ], on_answer)  # fmt: skip
+
+            async def all_of(live=live) -> None:
+                await asyncio.gather(*(put(model) for model in live))
+
+            run(all_of())
+    result.calls, result.failed = sum(m.calls for m in models), sum(m.failed for m in models)
+    result.money, result.stopped = purse.spent - before, "; ".join(dict.fromkeys(m.stopped for m in models if m.stopped))
     return result
+
+
+def estimate(settings, contract, generation_prompt: Callable, requests: list[Request] | None = None, limit: int = 0):
+    """A dry run, a table with a line per teacher: calls, rows, about how many tokens and how much money, and the most
+    that these calls can cost (repetitions not counted: `budget_left` ends them). Nothing is asked."""
+    import pandas as pd
+
+    ends = endpoints(settings)
+    missing = [] if "recorded" in ends else plan(settings, contract, requests)
+    jobs = _jobs(settings, contract, list(ends), generation_prompt, missing, limit)
+    seeds = seed_rows(settings)
+    per_row = sum(len(r.user) + len(r.answer) + 60 for r in seeds) / max(1, len(seeds)) / 3
+    left, lines = settings.generate.budget_usd - cost.spent(settings, "teacher_generation_cost"), {}
+    for name, end in ends.items():
+        own = [j for j in jobs if j.facts["meta"]["provenance"]["teacher"] == name]
+        rows, price = sum(j.facts["rows"] for j in own), (end.usd_per_1m_input, end.usd_per_1m_output)
+        tokens = sum(len(j.prompt) for j in own) // 4, int(rows * per_row)
+        most = sum(len(j.prompt.encode()) + 64 for j in own), sum(j.max_tokens for j in own)
+        lines[name] = [len(own), rows, *tokens, cost.token_money(*tokens, *price), cost.token_money(*most, *price)]
+    columns = ["calls", "rows", "prompt_tokens", "completion_tokens", "money", "at_most"]
+    table = pd.DataFrame.from_dict(lines, orient="index", columns=columns)
+    table.loc["all"] = table.sum()
+    whole = dict.fromkeys(columns[:4], int)
+    return table.astype(whole).assign(budget_left=left).rename_axis("teacher").round(4)
 
 
 def save_prompts(settings, prompts: dict[str, str]) -> list[str]:
@@ -120,18 +169,19 @@ class _Batch:
         self.path = settings.path(f"data/generated/batch_{max(numbers, default=0) + 1:03d}.jsonl")
         self.result = Generated()
 
-    def add(self, rows: list[Row], unread: list[tuple[str, str]] = (), **facts) -> None:
-        """Append rows that are not held yet, with `facts` in their provenance, and note the unread text."""
-        fresh = {}
+    def add(self, rows: list[Row], unread: list[tuple[str, str]], meta: dict) -> None:
+        """Append rows that are not held yet, and note the unread text with who wrote it (`meta` of the call)."""
+        fresh, made = {}, meta["provenance"]
         for row in (r for r in rows if r.id not in self.known):
-            provenance = {**row.meta.provenance, **facts, "batch": self.path.stem}
+            provenance = {**row.meta.provenance, **made, "batch": self.path.stem}
             fresh[row.id] = row.model_copy(update={"meta": row.meta.model_copy(update={"provenance": provenance})})
         self.known |= fresh.keys()
         self.result.rows += fresh.values()
         self.result.unread += unread
         self.result.batch = self.path if self.result.rows or self.result.unread else None
         _append(self.path, [r.model_dump(exclude_none=True) for r in fresh.values()])
-        _append(self.path.with_suffix(".unread.txt"), [{"reason": why, "text": text} for why, text in unread])
+        facts = {"category": meta.get("category"), "teacher": made["teacher"], "prompt_version": made.get("prompt_version")}
+        _append(self.path.with_suffix(".unread.txt"), [{"reason": why, "text": text, **facts} for why, text in unread])
 
 
 def _append(path: Path, records: list[dict]) -> None:
@@ -141,7 +191,7 @@ def _append(path: Path, records: list[dict]) -> None:
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     try:
         with path.open("ab") as stream:
-            stream.write(text.encode())
+            stream.write(text.encode("utf-8", "backslashreplace"))
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
@@ -149,16 +199,14 @@ def _append(path: Path, records: list[dict]) -> None:
         raise SlmError(f"{path}: {problem}") from None
 
 
-def _recorded(settings, limit: int) -> Generated:
+def _recorded(settings, batch: _Batch, limit: int) -> Generated:
     """What the recorded teacher holds and data/generated does not, in file order; a limit is spread over the cells."""
-    source = settings.path("data/raw/recorded_teacher.jsonl")
-    batch = _Batch(settings)
-    rows = read_rows(source)
+    rows = read_rows(settings.path("data/raw/recorded_teacher.jsonl"))
     held = len(batch.known & {r.id for r in rows})
     if limit and len(rows) > limit:
         rows = _spread(rows, limit)
     new = [row for row in rows if row.id not in batch.known][: max(0, limit - held) if limit else None]
-    batch.add(new, teacher="recorded", prompt="recorded")
+    batch.add(new, [], {"provenance": {"teacher": "recorded", "prompt": "recorded", "prompt_version": "recorded"}})
     return batch.result
 
 
@@ -173,34 +221,53 @@ def _spread(rows: list[Row], limit: int) -> list[Row]:
     return [rows[position] for position in sorted(position for _, position in turns[:limit])]
 
 
-def _jobs(settings, contract, teacher, generation_prompt, seeds, missing, limit) -> list[Job]:
-    jobs, left = [], limit or sum(request.rows for request in missing)
+def _jobs(settings, contract, names: list[str], generation_prompt, missing, limit: int) -> list[Job]:
+    """The calls for what is missing, dealt out among the teachers."""
+    jobs, left, own, seeds = [], limit or sum(request.rows for request in missing), settings.generate, seed_rows(settings)
+    size = min(own.batch_rows, LOCAL_ROWS) if own.teacher == "gguf" else own.batch_rows
+    blank = Request(label_values(contract)[0], "canonical", "medium", 1)
+    version = _hash(generation_prompt(contract, blank, seeds[:1]))
     for request in missing:
         part, rows = 0, min(request.rows, left)
         left -= rows
         while rows > 0:
-            n = min(rows, settings.generate.batch_rows)
-            chosen = _choose(seeds, request, part)
+            n, chosen = min(rows, size), _choose(seeds, request, part)
             prompt = generation_prompt(contract, replace(request, rows=n), chosen)
+            teacher = names[int(_hash(f"{request.id}:{part}"), 16) % len(names)]
             provenance = {
-                "teacher": settings.generate.endpoint.model, "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:12],
+                "teacher": teacher, "prompt": _hash(prompt), "prompt_version": version,
                 "request": request.id, "parents": [row.id for row in chosen],
             }  # fmt: skip
             if request.cluster:
                 provenance["cluster"] = request.cluster
             meta = {"category": request.category, "kind": request.kind, "difficulty": request.difficulty,
                     "source": "teacher", "provenance": provenance}  # fmt: skip
-            limit_tokens = 200 + n * settings.generate.tokens_per_row
-            jobs.append(Job(teacher.key(prompt, part), prompt, limit_tokens, {"meta": meta, "rows": n}))
+            if request.language:
+                meta["language"] = request.language
+            key = _hash(json.dumps([teacher, own.temperature, prompt, part]))
+            jobs.append(Job(key, prompt, 200 + n * own.tokens_per_row, {"meta": meta, "rows": n}))
             part, rows = part + 1, rows - n
     return jobs
 
 
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _rows_schema(contract) -> dict:
+    """What a local teacher is held to by its runtime: rows whose output is the contract's."""
+    text, output = {"type": "string"}, {k: v for k, v in contract.schema.items() if k != "$defs"}
+    row = {"type": "object", "properties": {"input": text, "output": output, "group": text}, "required": ["input", "output", "group"]}
+    rows = {"type": "object", "properties": {"rows": {"type": "array", "items": row, "minItems": 1}}, "required": ["rows"]}
+    return {**rows, "$defs": contract.schema.get("$defs", {})}
+
+
 def _choose(seeds: list[Row], request: Request, part: int) -> list[Row]:
-    """Seed rows for one call: the category's own first, then others, a different handful for each part."""
+    """Seed rows for one call: the category's own first, in its language first, a different handful for each part."""
     rng = random.Random(f"{request.id}:{part}")
     own = [row for row in seeds if row.meta.category == request.category]
     other = [row for row in seeds if row.meta.category != request.category]
-    rng.shuffle(own)
-    rng.shuffle(other)
+    for rows in (own, other):
+        rng.shuffle(rows)
+        rows.sort(key=lambda row: row.meta.language != request.language)
     return (own[: SEEDS - 1] + other)[:SEEDS]

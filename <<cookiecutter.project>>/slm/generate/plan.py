@@ -1,4 +1,4 @@
-"""The grid category x kind x difficulty: how many rows each cell should have, has, and still needs."""
+"""The grid category x kind x difficulty x language: how many rows each cell should have, has, and still needs."""
 
 import hashlib
 import json
@@ -28,7 +28,8 @@ KIND_NOTES = {
 
 @dataclass(frozen=True)
 class Request:
-    """`rows` rows wanted for one cell; `edge_case` says what they must show; `cluster` names a failure to repair."""
+    """`rows` rows wanted for one cell; `edge_case` says what they must show; `cluster` names a failure to repair. An
+    empty `language` leaves it to the style examples."""
 
     category: str
     kind: str
@@ -36,11 +37,13 @@ class Request:
     rows: int
     edge_case: str = ""
     cluster: str = ""
+    language: str = ""
 
     @property
     def id(self) -> str:
         """8 hex digits of what is asked for, whatever the number of rows."""
-        body = json.dumps({k: v for k, v in asdict(self).items() if k != "rows"}, sort_keys=True)
+        left_out = ("rows",) if self.language else ("rows", "language")
+        body = json.dumps({k: v for k, v in asdict(self).items() if k not in left_out}, sort_keys=True)
         return hashlib.sha256(body.encode()).hexdigest()[:8]
 
     @property
@@ -70,19 +73,37 @@ def label_values(contract) -> list[str]:
     return values
 
 
-def quotas(settings, contract) -> dict[tuple[str, str, str], int]:
-    """Rows wanted per cell; they add up to `generate.rows_target` (or `generate.limit`, when that is less)."""
+def languages(settings) -> dict[str, float]:
+    """Language code -> share of the rows: `generate.languages`, or what the seed rows are written in."""
+    seeds = _records(settings.path("data/raw/seed.jsonl"))
+    found = settings.generate.languages or Counter((r.get("meta") or {}).get("language", "en") for r in seeds) or {"en": 1}
+    if min(found.values()) < 0 or not sum(found.values()):
+        raise SlmError("project.yaml: generate.languages: shares are 0 or more, and one of them above 0.")
+    return {name: share / sum(found.values()) for name, share in found.items()}
+
+
+def quotas(settings, contract) -> dict[tuple[str, str, str, str], int]:
+    """Rows wanted per cell (category, kind, difficulty, language), only cells that want some; they add up to
+    `generate.rows_target` (or `generate.limit`, when that is less)."""
     target = settings.generate.rows_target
     target = min(target, settings.generate.limit or target)
-    labels = label_values(contract)
+    labels, shares = label_values(contract), languages(settings)
     cells = [(c, k, d) for c in labels for k in KINDS for d in DIFFICULTIES]
     exact = {cell: target * KIND_SHARES[cell[1]] / len(labels) / len(DIFFICULTIES) for cell in cells}
     whole = {cell: int(share) for cell, share in exact.items()}
+    mixed = {cell: hashlib.sha256("|".join(cell).encode()).digest() for cell in cells}
     # Largest remainder; equal remainders fall by hash, so that a small target still touches every category.
-    order = sorted(cells, key=lambda c: (whole[c] - exact[c], hashlib.sha256("|".join(c).encode()).digest()))
-    for cell in order[: target - sum(whole.values())]:
+    for cell in sorted(cells, key=lambda c: (whole[c] - exact[c], mixed[c]))[: target - sum(whole.values())]:
         whole[cell] += 1
-    return whole
+    # Row by row to the language that lags most, a category after the other: each gets its share in each of them.
+    wanted, given = Counter(), Counter()
+    for cell in sorted(cells, key=lambda c: (c[0], mixed[c])):
+        for _ in range(whole[cell]):
+            language = max(shares, key=lambda name: shares[name] * (given.total() + 1) - given[name])
+            given[language] += 1
+            wanted[*cell, language] += 1
+    order = {name: n for n, name in enumerate([*labels, *KINDS, *DIFFICULTIES])}
+    return {cell: wanted[cell] for cell in sorted(wanted, key=lambda cell: [order.get(part, 0) for part in cell])}
 
 
 def held(settings) -> list[dict]:
@@ -108,17 +129,18 @@ def plan(settings, contract, requests: list[Request] | None = None) -> list[Requ
         wanted = [(request, request.rows - have[request.id]) for request in requests]
     else:
         have = Counter(map(_cell, rows))
-        wanted = [(Request(*cell, n), n - have[cell]) for cell, n in quotas(settings, contract).items()]
+        wanted = [(Request(*cell[:3], n, language=cell[3]), n - have[cell]) for cell, n in quotas(settings, contract).items()]
     return [replace(request, rows=n) for request, n in wanted if n > 0]
 
 
 def grid(settings, contract, by: str = "category"):
-    """A table of rows wanted, held and missing by "category", "kind" or "difficulty"; seed rows are not counted."""
+    """A table of rows wanted, held and missing by "category", "kind", "difficulty" or "language"; a cell with more than
+    it wants makes up for no other. Seed rows are not counted."""
     import pandas as pd
 
-    have = Counter(map(_cell, held(settings)))
-    lines = [(*cell, n, have[cell], max(0, n - have[cell])) for cell, n in quotas(settings, contract).items()]
-    columns = ["category", "kind", "difficulty", "wanted", "held", "missing"]
+    have, want = Counter(map(_cell, held(settings))), quotas(settings, contract)
+    lines = [(*cell, want.get(cell, 0), have[cell], max(0, want.get(cell, 0) - have[cell])) for cell in {**want, **have}]
+    columns = ["category", "kind", "difficulty", "language", "wanted", "held", "missing"]
     table = pd.DataFrame(lines, columns=columns).groupby(by, sort=False)[["wanted", "held", "missing"]].sum()
     table.loc["all"] = table.sum()
     return table
@@ -136,7 +158,8 @@ def batches(settings) -> list[Path]:
 
 def _cell(row: dict) -> tuple:
     meta = row["meta"]
-    return meta.get("category"), meta.get("kind", "canonical"), meta.get("difficulty", "medium")
+    place = meta.get("category"), meta.get("kind", "canonical"), meta.get("difficulty", "medium")
+    return *place, meta.get("language", "en")
 
 
 def _records(path: Path) -> list[dict]:

@@ -1,12 +1,14 @@
 """A teacher's answer, line by line: what can be read becomes rows, the rest is kept with its reason."""
 
 import json
+import re
 
 from pydantic import ValidationError
 
 from slm.rows import Row, explain, from_any, make_row
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(strict=False)  # a real line break inside a text is read as one
+_START = re.compile(r'\n[ \t,\[]*\{|\{\s*"(?:input|messages|instruction|prompt)"')  # where the next row may begin
 
 
 def objects(text: str) -> tuple[list[dict], list[tuple[str, str]]]:
@@ -22,10 +24,10 @@ def objects(text: str) -> tuple[list[dict], list[tuple[str, str]]]:
             value, at = _DECODER.raw_decode(text, start)
             found += value["rows"] if isinstance(value.get("rows"), list) else [value]
         except (ValueError, RecursionError) as error:
-            end = text.find("\n", start)
-            end = len(text) if end < 0 else end
-            cut_off = not text[end:].strip() and not text[start:end].rstrip().endswith("}")
-            unread.append(("cut off" if cut_off else f"not JSON: {error}", text[start:end]))
+            following = _START.search(text, start + 1)
+            end = following.start() if following else len(text)
+            cut_off = not following and not text[start:end].rstrip("\n `]").endswith("}")
+            unread.append(("cut off" if cut_off else f"not JSON: {error}", text[start:end].rstrip()))
             at = end
     return [value for value in found if isinstance(value, dict)], unread
 
@@ -35,6 +37,8 @@ def rows_from(text: str, meta: dict, label=lambda answer: None) -> tuple[list[Ro
     `label(answer_text)` names the category of an answer, or None."""
     records, unread = objects(text)
     rows = []
+    if not records and not unread:
+        unread.append(("an empty reply", text))
     for record in records:
         try:
             rows.append(_row(record, meta, label))
@@ -45,6 +49,9 @@ def rows_from(text: str, meta: dict, label=lambda answer: None) -> tuple[list[Ro
 
 def _row(record: dict, meta: dict, label) -> Row:
     own = {k: record[k] for k in ("language", "group") if isinstance(record.get(k), str) and record[k]}
+    if "language" in own:  # "en-GB" is en; of the languages under "other" any code may come back
+        code = re.split("[-_]", own["language"])[0].lower()
+        own["language"] = "other" if meta.get("language") == "other" else code
     if "input" in record and "output" in record and "instruction" not in record:
         user, output = record["input"], record["output"]
         if not isinstance(user, str):

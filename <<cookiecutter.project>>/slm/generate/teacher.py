@@ -1,18 +1,21 @@
-"""A teacher behind any OpenAI-compatible endpoint: concurrent, retried, remembered on disk, within a hard budget."""
+"""Who writes rows: endpoints or a local GGUF file. Replies are remembered on disk, money is kept within a hard budget."""
 
 import asyncio
-import hashlib
 import json
-import os
-import random
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from slm import cost
 from slm.errors import SlmError
+from slm.models.base import Answer, Prompt
+from slm.models.llama_cpp import LlamaCppModel
+from slm.models.openai_api import OpenAIModel
+from slm.settings import Endpoint
 
-BACKOFF_S = 1.0  # first wait after a refusal; doubles each time, 60 s at most
+FILE = ".cache/teacher.sqlite"
+LOCAL_ROWS = 4  # rows per call of a local teacher: a small model loses the thread after that
 
 
 @dataclass(frozen=True)
@@ -25,41 +28,73 @@ class Job:
     facts: dict
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What the teacher wrote; `cached` replies were paid for earlier."""
+def endpoints(settings) -> dict[str, Endpoint]:
+    """The teachers by name, with their prices; a local file has none. Raises SlmError where a setting is missing."""
+    own = settings.generate
+    if own.teacher == "gguf":
+        if not own.gguf:
+            raise SlmError("project.yaml: set generate.gguf to the path of the teacher's file, since generate.teacher is gguf.")
+        return {Path(own.gguf).name: Endpoint()}
+    if own.teacher == "recorded":
+        return {"recorded": Endpoint()}
+    ends = [end for end in (own.endpoint, *own.endpoints) if end != Endpoint()] or [own.endpoint]
+    named = {end.model: end for end in ends}
+    if len(named) < len(ends):
+        raise SlmError("project.yaml: two of generate.endpoint and generate.endpoints name the same model; keep one.")
+    if any(not end.url or not end.model for end in ends):
+        raise SlmError("project.yaml: generate.endpoint needs `url` and `model` when generate.teacher is openai.")
+    return named
 
-    job: Job
-    text: str
-    finish: str = "stop"
-    cached: bool = False
+
+def teachers(settings, purse: "Purse") -> list:
+    """The models behind `endpoints`, ready to be asked; each has name, fingerprint, answer() and each()."""
+    ends = endpoints(settings)
+    if settings.generate.teacher == "gguf":
+        return [LocalTeacher(settings, purse)]
+    return [OpenAIModel(end, purse) for end in ends.values()]
+
+
+class LocalTeacher(LlamaCppModel):
+    """A GGUF file as the teacher, one call at a time, without fee."""
+
+    def __init__(self, settings, purse: "Purse"):
+        file = Path(settings.generate.gguf).expanduser()
+        super().__init__(file if file.is_absolute() else settings.root / file, context=settings.generate.context)
+        self.name, self._purse = file.name, purse
+        self.calls, self.failed, self.stopped = 0, 0, ""
+
+    async def each(self, prompts: list[Prompt], on_answer: Callable[[int, Answer], None]) -> None:
+        """Answer the prompts in order. Raises SlmError when one is too long for the context."""
+        for n, prompt in enumerate(prompts):
+            answer = self.answer([prompt])[0]
+            self.calls += 1
+            if answer.finish_reason == "error":
+                raise SlmError(f"{self.file}: {answer.text}; raise generate.context, or lower generate.batch_rows.")
+            self._purse.book(self.name, 0.0, answer.prompt_tokens, answer.completion_tokens)
+            on_answer(n, answer)
+            await asyncio.sleep(0)
 
 
 class Store:
     """Replies on disk. `used` turns true once the rows of a reply stand in a batch file."""
 
-    def __init__(self, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(path, timeout=60, check_same_thread=False)
-        self.db.execute(
-            "CREATE TABLE IF NOT EXISTS replies"
-            " (n INTEGER PRIMARY KEY, key TEXT, job TEXT, text TEXT, finish TEXT, used INT)"
-        )
+    def __init__(self, settings):
+        self.db = _open(settings, "replies (n INTEGER PRIMARY KEY, key TEXT, job TEXT, text TEXT, used INT)")
 
-    def put(self, job: Job, text: str, finish: str) -> None:
+    def put(self, job: Job, text: str) -> None:
         """Keep a reply before anything else is done with it."""
         body = json.dumps([job.prompt, job.max_tokens, job.facts])
         with self.db:
-            self.db.execute("INSERT INTO replies VALUES (NULL, ?, ?, ?, ?, 0)", (job.key, body, text, finish))
+            self.db.execute("INSERT INTO replies VALUES (NULL, ?, ?, ?, 0)", (job.key, body, _storable(text)))
 
-    def get(self, key: str) -> list[tuple[str, str]]:
-        """(text, finish) of the replies to a call, oldest first."""
-        return self.db.execute("SELECT text, finish FROM replies WHERE key = ? ORDER BY n", (key,)).fetchall()
+    def get(self, key: str) -> list[str]:
+        """The replies to a call, oldest first."""
+        return [text for (text,) in self.db.execute("SELECT text FROM replies WHERE key = ? ORDER BY n", (key,))]
 
-    def unused(self) -> list[Reply]:
+    def unused(self) -> list[tuple[Job, str]]:
         """Replies of a killed run whose rows never reached a batch file."""
-        found = self.db.execute("SELECT key, job, text, finish FROM replies WHERE used = 0 ORDER BY n").fetchall()
-        return [Reply(Job(key, *json.loads(job)), text, finish, cached=True) for key, job, text, finish in found]
+        found = self.db.execute("SELECT key, job, text FROM replies WHERE used = 0 ORDER BY n").fetchall()
+        return [(Job(key, *json.loads(job)), text) for key, job, text in found]
 
     def use(self, key: str) -> None:
         """Mark the replies to a call as written."""
@@ -67,117 +102,78 @@ class Store:
             self.db.execute("UPDATE replies SET used = 1 WHERE key = ?", (key,))
 
 
-class Teacher:
-    """The endpoint of `settings.generate`. Raises SlmError when url, model or key is missing."""
+class Purse:
+    """`generate.budget_usd`, as a context: one run at a time holds it. The worst case of a call is reserved before it,
+    on disk too, and settled after it; calls that a killed run left in flight are booked in full."""
 
-    def __init__(self, settings, store: Store):
-        end = settings.generate.endpoint
-        if not end.url or not end.model:
-            raise SlmError("project.yaml: generate.endpoint needs `url` and `model` when generate.teacher is openai.")
-        if "api.openai.com" in end.url and not os.environ.get(end.api_key_env):
-            raise SlmError(f"{end.url}: the environment variable {end.api_key_env} is not set; export your key first.")
-        self.settings, self.end, self.store = settings, end, store
-        # Money is reserved at the worst case before a call and settled after it, so the budget is never passed.
-        self.spent, self.reserved = cost.spent(settings, "teacher_generation_cost"), 0.0
-        self.stopped, self.failures, self.calls = "", [], 0
+    def __init__(self, settings):
+        self.settings, self.batch, self.empty, self.reserved = settings, "", "", 0.0
 
-    def key(self, prompt: str, part: int) -> str:
-        """The identity of a call: endpoint, model, temperature, prompt and its number among equals."""
-        body = json.dumps([self.end.url, self.end.model, self.settings.generate.temperature, prompt, part])
-        return hashlib.sha256(body.encode()).hexdigest()[:24]
+    def __enter__(self) -> "Purse":
+        from filelock import FileLock, Timeout
 
-    async def ask_all(self, jobs: list[Job], on_reply: Callable[[Reply], None]) -> None:
-        """Answer the jobs, `concurrency` at a time; `on_reply` runs once per reply, never twice at a time. Stops early
-        (see `stopped`) when the budget would be passed or three calls in a row fail for good."""
-        import openai
+        path = self.settings.path(".cache/locks/teacher.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise SlmError("another run is at work with the teacher (03); wait for it, or stop it, then run again.") from None
+        self._db = _open(self.settings, "flights (n INTEGER PRIMARY KEY, body TEXT)")
+        self.spent = cost.spent(self.settings, "teacher_generation_cost")
+        for n, body in self._db.execute("SELECT n, body FROM flights").fetchall():
+            self.book(*json.loads(body), note="in flight when a run was stopped, counted in full")
+            self._land(n)
+        return self
 
-        queue = list(reversed(jobs))
-        key = os.environ.get(self.end.api_key_env) or "none"
-        async with openai.AsyncOpenAI(
-            base_url=self.end.url, api_key=key, timeout=self.end.timeout_s, max_retries=0
-        ) as client:
+    def __exit__(self, *_) -> None:
+        self._db.close()
+        self._lock.release()
 
-            async def worker() -> None:
-                while queue and not self.stopped:
-                    job = queue.pop()
-                    reply = await self._ask(client, job)
-                    if reply:
-                        on_reply(reply)
+    async def reserve(self, end: Endpoint, tokens_in: int, tokens_out: int):
+        """A ticket for a call of at most so many tokens; None when it could pass the budget (see `empty`)."""
+        worst, limit = _money(end, tokens_in, tokens_out), self.settings.generate.budget_usd + 1e-12
+        while self.reserved > 1e-12 and self.spent + self.reserved + worst > limit:
+            await asyncio.sleep(0.02)  # calls in flight mostly cost less than they reserved
+        if self.spent + worst > limit:
+            self.empty = f"budget: {self.spent:.4f} of {limit:.2f} spent, the next call could pass generate.budget_usd"
+            return None
+        self.reserved += worst
+        body = json.dumps([end.model, worst, tokens_in, tokens_out])
+        with self._db:
+            return self._db.execute("INSERT INTO flights VALUES (NULL, ?)", (body,)).lastrowid, end, worst
 
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self.end.concurrency, len(jobs))):
-                        group.create_task(worker())
-            except* SlmError as errors:
-                raise errors.exceptions[0] from None
+    def settle(self, ticket, tokens_in: int, tokens_out: int, note: str = "") -> None:
+        """Book what a call really used; nothing for a call that was refused."""
+        n, end, worst = ticket
+        self.reserved -= worst
+        if tokens_in or tokens_out:
+            self.book(end.model, _money(end, tokens_in, tokens_out), tokens_in, tokens_out, note)
+        self._land(n)
 
-    def _money(self, tokens_in: int, tokens_out: int) -> float:
-        return cost.token_money(tokens_in, tokens_out, self.end.usd_per_1m_input, self.end.usd_per_1m_output)
-
-    def _book(self, tokens_in: int, tokens_out: int, **facts) -> None:
-        money = self._money(tokens_in, tokens_out)
+    def book(self, model: str, money: float, tokens_in: int, tokens_out: int, note: str = "") -> None:
+        """One line of the ledger."""
+        facts = {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": model, "batch": self.batch}
+        cost.add(self.settings, "teacher_generation_cost", money, **facts, **({"note": note} if note else {}))
         self.spent += money
-        facts = {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": self.end.model, **facts}
-        cost.add(self.settings, "teacher_generation_cost", money, **facts)
 
-    async def _ask(self, client, job: Job) -> Reply | None:
-        import openai
-
-        # No tokenizer makes more tokens than the text has bytes; 64 for the chat template.
-        most, limit = len(job.prompt.encode()) + 64, self.settings.generate.budget_usd
-        worst = self._money(most, job.max_tokens)
-        problem, wait = "", 0.0
-        for attempt in range(self.end.retries + 1):
-            if attempt:
-                await asyncio.sleep(wait)
-            while not self.stopped and self.spent + self.reserved + worst > limit + 1e-12 and self.reserved > 1e-12:
-                await asyncio.sleep(0.02)  # calls in flight mostly cost less than they reserved
-            if not self.stopped and self.spent + self.reserved + worst > limit + 1e-12:
-                spent = f"{self.spent:.4f} of {limit:.2f} spent"
-                self.stopped = f"budget: {spent}, the next call could pass generate.budget_usd"
-            if self.stopped:
-                return None
-            self.reserved += worst
-            wait = min(60.0, BACKOFF_S * 2**attempt) * (0.5 + random.random())
-            self.calls += 1
-            try:
-                out = await client.chat.completions.create(
-                    model=self.end.model, messages=[{"role": "user", "content": job.prompt}],
-                    max_tokens=job.max_tokens, temperature=self.settings.generate.temperature,
-                )  # fmt: skip
-            except openai.APITimeoutError:
-                # The provider may have charged for it: count the worst case.
-                self._book(most, job.max_tokens, note="timed out, counted in full")
-                problem = f"no answer within {self.end.timeout_s:g} s"
-            except openai.APIStatusError as error:
-                problem = f"HTTP {error.status_code}"
-                if error.status_code != 429 and error.status_code < 500:
-                    hint = f"check url, model and {self.end.api_key_env}"
-                    raise SlmError(f"{self.end.url} ({self.end.model}): {problem}; {hint}.") from None
-                wait = _retry_after(error.response.headers.get("retry-after"), wait)
-            except openai.APIConnectionError as error:
-                problem = f"no connection ({error.__cause__ or error})"
-            except ValueError:
-                problem = "a reply that is not JSON"
-            else:
-                if not isinstance(out, str) and out.choices:
-                    text, finish = out.choices[0].message.content or "", out.choices[0].finish_reason or "stop"
-                    self.store.put(job, text, finish)
-                    guess = (len(job.prompt) // 3, len(text) // 3)
-                    self._book(*((out.usage.prompt_tokens, out.usage.completion_tokens) if out.usage else guess))
-                    self.failures.append("")
-                    return Reply(job, text, finish)
-                problem = "a reply without choices; is the url the one that ends in /v1?"
-            finally:
-                self.reserved -= worst
-        self.failures.append(problem)
-        if len(self.failures) >= 3 and all(self.failures[-3:]):
-            self.stopped = self.stopped or f"endpoint {self.end.url}: {problem}, three calls in a row"
-        return None
+    def _land(self, n: int) -> None:
+        with self._db:
+            self._db.execute("DELETE FROM flights WHERE n = ?", (n,))
 
 
-def _retry_after(header: str | None, otherwise: float) -> float:
-    try:
-        return min(60.0, max(0.0, float(header)))
-    except (TypeError, ValueError):
-        return otherwise
+def _money(end: Endpoint, tokens_in: int, tokens_out: int) -> float:
+    return cost.token_money(tokens_in, tokens_out, end.usd_per_1m_input, end.usd_per_1m_output)
+
+
+def _open(settings, table: str) -> sqlite3.Connection:
+    path = settings.path(FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    db = sqlite3.connect(path, timeout=60, check_same_thread=False)
+    db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+    return db
+
+
+def _storable(text: str) -> str:
+    """Half of a surrogate pair (an emoji cut in two) cannot be written as UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()

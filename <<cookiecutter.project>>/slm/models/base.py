@@ -10,11 +10,14 @@ from slm.errors import SlmError
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages of a chat; `schema` asks for constrained JSON where the model can do that. Decoding is greedy."""
+    """Messages of a chat; `schema` asks for constrained JSON where the model can do that. Decoding is greedy unless
+    `temperature` says otherwise (a teacher's prompts, which no answer cache keeps)."""
 
     messages: list[dict]
     max_tokens: int = 128
     schema: dict | None = None
+    temperature: float = 0.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)

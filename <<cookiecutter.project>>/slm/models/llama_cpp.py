@@ -56,8 +56,8 @@ class LlamaCppModel:
         begin = time.perf_counter()
         try:
             out = self.llama.create_chat_completion(
-                prompt.messages, max_tokens=prompt.max_tokens, temperature=0.0, top_p=1.0,
-                repeat_penalty=self._penalty, grammar=grammar,
+                prompt.messages, max_tokens=prompt.max_tokens, temperature=prompt.temperature, top_p=1.0,
+                repeat_penalty=self._penalty, grammar=grammar, seed=prompt.seed,
             )  # fmt: skip
         except ValueError as error:  # a prompt longer than the context
             return Answer(f"[{error}]", time.perf_counter() - begin, finish_reason="error")
