@@ -1,7 +1,7 @@
 """The command line: every refusal is one sentence and exit code 1."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,11 @@ from slm.settings import load_settings, parse_override
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="From a written contract to a proven small model."
 )
+rows = typer.Typer(no_args_is_help=True, help="A person's word on one row; 04 applies it on its next run.")
+app.add_typer(rows, name="curate")
+RowId = Annotated[str, typer.Argument(metavar="ID", help="The row's id, as data/rejected and data/accepted show it.")]
+Reviewer = Annotated[str, typer.Option(help="Who decides; kept with the decision.")]
+Reason = Annotated[str, typer.Option(help="Why; kept with the decision.")]
 Profile = Annotated[str, typer.Option(help="A profile of project.yaml: default, smoke, cpu, gpu.")]
 RunId = Annotated[str, typer.Option(help="Names the run's folders; letters, digits, '.', '_', '-'.")]
 Config = Annotated[str, typer.Option(help="The settings file.")]
@@ -73,6 +78,27 @@ def import_(
 
     path, count = import_rows(load_settings(config), file, columns, source, out, split)
     print(f"{count} rows in {path}; 04_curate judges them.")
+
+
+@rows.command()
+def decide(
+    row_id: RowId, decision: Annotated[Literal["accept", "reject"], typer.Argument(help="Edits are made in 04.")],
+    reviewer: Reviewer, reason: Reason = "", config: Config = "project.yaml",
+) -> None:  # fmt: skip
+    """Accept or reject a row of data/raw/seed.jsonl or data/generated."""
+    from slm.curate.review import by_hand
+
+    done = by_hand(load_settings(config), row_id, decision, reviewer, reason)
+    print(f"{done.id}: {done.decision} by {done.reviewer}, recorded; run 04 again.")
+
+
+@rows.command()
+def restore(row_id: RowId, reviewer: Reviewer, reason: Reason = "", config: Config = "project.yaml") -> None:
+    """Bring a refused row back, where its gate is a matter of opinion."""
+    from slm.curate import review
+
+    done = review.restore(load_settings(config), row_id, reviewer, reason)
+    print(f"{done.id}: restored by {done.reviewer}, recorded; run 04 again.")
 
 
 def main() -> None:

@@ -104,6 +104,20 @@ class Curate(Section):
     small_dataset: int = Field(1000, ge=0)  # below this the split is 70/15/15, from it on 80/10/10
     seed: int = 0
     include_seed_rows: bool = True
+    # Optional gates and the review queue; nothing here is on by default but the queue.
+    patterns: dict[str, str] = {}  # output field (or "answer", the whole text) -> regex that it must match in full
+    judge: Endpoint = Endpoint()  # on as soon as url and model are set
+    judge_budget_usd: float = Field(2.0, ge=0)
+    judge_min_rows: int = Field(30, ge=2)  # rows that people decided too, before the judge's word counts
+    judge_min_kappa: float = Field(0.6, ge=-1, le=1)  # Cohen's kappa against those people
+    review_fields: list[str] = []  # rows to look at: a label, "field" (where it is filled) or "field=value"
+    expert_fields: dict[str, list[str]] = {}  # the same names -> who may sign: reviewers' names, or their roles
+    review_sample: int = Field(40, ge=0)  # rows drawn at random into the queue, so that kappa is measured fairly
+    review_most: int = Field(50, ge=1)  # rows queued for each reason at most
+    cluster_share: float = Field(0.3, gt=0, le=1)  # a cluster with more of the rows than this is warned of
+    embedder: str = ""  # model2vec folder or Hub id for clusters; "" = TF-IDF
+    privacy: Literal["patterns", "presidio"] = "patterns"  # presidio: names and numbers by a language model too
+    spacy_models: dict[str, str] = {"en": "en_core_web_sm"}  # language -> installed spaCy model, for presidio
 
 
 class Train(Section):

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 
 from slm.curate.read import Verdict
+from slm.errors import SlmError
 from slm.rows import Row
 
 _CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
@@ -58,3 +59,36 @@ def personal(rows: list[Row]) -> list[Verdict | None]:
     """Refuse rows with personal data or secrets; the evidence shows only the beginning of what was found."""
     hits = [find("\n".join(m.content for m in row.messages)) for row in rows]
     return [hit and Verdict("personal_data", f"holds {hit[0]}", {"phrase": f"{hit[1][:4]}…"}) for hit in hits]
+
+
+def guessed(rows: list[Row], models: dict[str, str]) -> list[Verdict | None]:
+    """detect-secrets on every row; presidio (names, phone, US social security and IP numbers) on those of customers and
+    people, for a teacher's persons are invented, and only in the languages of `models` (language -> spaCy model): other
+    names go unseen. It guesses, so a person may overrule it. Raises SlmError where a package or model is missing."""
+    try:
+        import presidio_analyzer as presidio
+        import spacy
+        from detect_secrets.core.scan import scan_line
+        from detect_secrets.settings import default_settings
+        from presidio_analyzer import nlp_engine, predefined_recognizers as known
+    except ImportError as error:
+        raise SlmError(f"curate.privacy presidio: {error.name} is missing; pip install -e '.[privacy]'.") from None
+    if absent := [name for name in models.values() if not spacy.util.is_package(name)]:
+        raise SlmError(f"curate.spacy_models: {absent[0]} is not installed; install it or name another.")
+    named = [{"lang_code": code, "model_name": name} for code, name in models.items()]
+    nlp = nlp_engine.NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": named}).create_engine()
+    chosen = [kind(supported_language=code) for code in models for kind in (known.PhoneRecognizer, known.IpRecognizer, known.UsSsnRecognizer)]
+    chosen += [known.SpacyRecognizer(supported_language=code, supported_entities=["PERSON"]) for code in models]
+    registry = presidio.RecognizerRegistry(chosen, supported_languages=[*models])
+    engine, verdicts = presidio.AnalyzerEngine(registry, nlp, supported_languages=[*models]), []
+    for row in rows:
+        text, found = "\n".join(m.content for m in row.messages), []
+        if row.meta.source in ("human", "production") and row.meta.language in models:
+            hits = engine.analyze(text, row.meta.language, score_threshold=0.4)
+            found = [(hit.entity_type.lower(), text[hit.start : hit.end]) for hit in hits]
+        with default_settings():  # its entropy detectors take any word for a secret
+            secrets = [s for line in text.splitlines() for s in scan_line(line) if "Entropy" not in s.type]
+        found += [(secret.type.lower(), secret.secret_value) for secret in secrets]
+        proof = {"kind": found[0][0], "phrase": f"{found[0][1][:4]}…"} if found else {}
+        verdicts.append(Verdict("personal_data_model", f"seems to hold {found[0][0]}", proof) if found else None)
+    return verdicts
