@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(file: Path, profile: str = "default", run_id: str = "dev"):
     """Write train.jsonl, dev_internal.jsonl and test_internal.jsonl beside the file, and record the dataset."""
-    from slm.curate.split import split_and_record
+    from slm.curate.versions import split_and_record
     from slm.errors import SlmError
     from slm.settings import load_settings
 

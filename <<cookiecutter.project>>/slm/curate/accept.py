@@ -9,10 +9,12 @@ from pathlib import Path
 from slm import registry
 from slm.curate import duplicates, gates, leakage, privacy
 from slm.curate.coverage import coverage
-from slm.curate.funnel import planted_table, plot_funnel
+from slm.curate.funnel import planted_table
+from slm.curate.plots import plot_funnel
 from slm.curate.read import Candidate, Verdict, read_candidates
-from slm.curate.split import record_dataset, split_file
+from slm.curate.split import split_file
 from slm.curate.text import pairs_of
+from slm.curate.versions import record_dataset, writing
 from slm.errors import SlmError
 from slm.generate.plan import batches
 from slm.rows import Row, write_jsonl, write_rows
@@ -163,9 +165,10 @@ def curate(settings, contract, checks: list[Callable], count_tokens: Callable, h
     uneven = table[~table["verdict"].isin(["", "ok"])]
     short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
     steps.append({"gate": "coverage", "in": len(accepted), "rejected": 0, "out": len(accepted), "warnings": short})
-    write_rows(path, accepted)
     parents = {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files}
-    record = record_dataset(settings, path, split_file(settings, path), parents, steps)
+    with writing(settings):
+        write_rows(path, accepted)
+        record = record_dataset(settings, path, split_file(settings, path), parents, steps)
     planted = settings.path("data/raw/planted_faults.json")
     faults = json.loads(planted.read_text(encoding="utf-8")) if planted.is_file() else []
     return Curated(result, accepted, steps, record, faults, contract)
