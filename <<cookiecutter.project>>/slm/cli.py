@@ -1,16 +1,19 @@
 """The command line: every refusal is one sentence and exit code 1."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from slm.errors import SlmError
-from slm.settings import load_settings, parse_override
+from slm.settings import RECIPE, load_settings, parse_override
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="From a written contract to a proven small model."
 )
+dataset = typer.Typer(no_args_is_help=True, help="Dataset versions: which there are, how two differ, one made again.")
+app.add_typer(dataset, name="dataset")
 Profile = Annotated[str, typer.Option(help="A profile of project.yaml: default, smoke, cpu, gpu.")]
 RunId = Annotated[str, typer.Option(help="Names the run's folders; letters, digits, '.', '_', '-'.")]
 Config = Annotated[str, typer.Option(help="The settings file.")]
@@ -57,6 +60,54 @@ def review(
 
     record = sign_off(load_settings(config, "default", {}, run_id), run_id, by)
     print(f"run {run_id}: report {record['report'][:12]} reviewed by {record['reviewer']}.")
+
+
+@dataset.command("list")
+def list_versions(config: Config = "project.yaml") -> None:
+    """One line per version, oldest first: when, rows, split, teachers, run."""
+    from slm import registry
+
+    for r in registry.read(load_settings(config), "datasets"):
+        parts, teachers = "/".join(map(str, r["split"]["rows"].values())), ", ".join(r.get("teachers", {})) or "no teacher"
+        print(f"{r['version']}  {r['at'][:16]}  {r['rows']:>7} rows  {parts:<16} {teachers}  run {r['run_id']} ({r['profile']})")
+
+
+@dataset.command("diff")
+def diff_versions(old: str, new: str, config: Config = "project.yaml", n: int = 5) -> None:
+    """Rows added, removed and answered differently, and the shift per category and kind; N examples of each."""
+    from slm.curate.versions import diff
+
+    found = diff(load_settings(config), old, new)
+    print(f"{found.summary}\n\n{found.table.to_string(index=False)}")
+    for sign, rows in (("+", found.added), ("-", found.removed), ("~", [" ".join(c) for c in found.changed])):
+        print("\n".join(f"{sign} {row}" for row in rows[:n]) + (f"\n{sign} … {len(rows) - n} more" if len(rows) > n else ""))
+
+
+@dataset.command()
+def reproduce(version: str, config: Config = "project.yaml") -> None:
+    """Run 04 again, aside, on the recorded inputs and settings; exit 1 when the rows come out otherwise."""
+    import shutil
+
+    from slm import runner
+    from slm.curate.versions import reproduce as again
+
+    settings = load_settings(config)
+
+    def run_04(folder, recorded: dict) -> None:
+        for part in ("slm", "task", "specs", "notebooks/04_curate.ipynb", "pyproject.toml"):
+            source, target = settings.path(part), folder / part
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():  # what lies there already is the record's
+                shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: Path(b).exists() or shutil.copy(a, b))
+            else:
+                shutil.copy(source, target)
+        for empty in ("project.yaml", RECIPE):  # the record holds every setting
+            (folder / empty).parent.mkdir(parents=True, exist_ok=True)
+            (folder / empty).write_text("{}\n")
+        runner.run(load_settings(overrides=recorded, run_id="reproduce", start=folder), ["04"], "project.yaml", recorded)
+
+    record = again(settings, version, run_04)
+    print(f"version {record['version']} made again: {record['rows']} rows, the same hash.")
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from slm.errors import SlmError
 from slm.rows import iter_rows
 
 # What decides, besides the parents, which rows are accepted.
-DECIDING = ("data/raw/seed.jsonl", "data/raw/decisions.jsonl", "data/eval/*.jsonl", "task/contract.py", "task/checks.py", "task/prompts.py")
+DECIDING = ("data/raw/seed.jsonl", "data/raw/decisions.jsonl", "data/eval/*.jsonl", "registry/judge.jsonl", "task/contract.py",
+            "task/checks.py", "task/prompts.py")  # fmt: skip
 STAGES = (
     (50, "seed set (50-200)", "define the task and its output contract"),
     (500, "first training run (500-2,000)", "prove that the behaviour can be learnt"),
