@@ -32,6 +32,32 @@ class Curated:
     record: dict
     planted: list[dict]
     contract: object
+    lengths: object = None  # numpy: tokens of the accepted rows
+    similarities: object = None  # numpy: similarity of each pair found
+    measures: object = None  # numpy: and by which measure
+
+    @property
+    def read(self) -> int:
+        """Rows read."""
+        return len(self.candidates)
+
+    @property
+    def kept(self) -> int:
+        """Rows accepted."""
+        return len(self.accepted)
+
+    @property
+    def refused(self) -> int:
+        """Rows rejected."""
+        return len(self.rejected)
+
+    def accepted_rows(self):
+        """The accepted rows, one by one."""
+        return iter(self.accepted)
+
+    def rejected_records(self):
+        """The lines of data/rejected, one by one."""
+        return (candidate.record() for candidate in self.rejected)
 
     @property
     def rejected(self) -> list[Candidate]:
@@ -171,7 +197,13 @@ def curate(settings, contract, checks: list[Callable], count_tokens: Callable, h
         record = record_dataset(settings, path, split_file(settings, path), parents, steps)
     planted = settings.path("data/raw/planted_faults.json")
     faults = json.loads(planted.read_text(encoding="utf-8")) if planted.is_file() else []
-    return Curated(result, accepted, steps, record, faults, contract)
+    import numpy as np
+
+    cfg, rows = settings.curate, [c.row for c in result if c.row]
+    pairs = pairs_of(rows, min(cfg.near_duplicate, cfg.contradiction), cfg.semantic_duplicate)
+    lengths = np.array(count_tokens([contract.messages(row) for row in accepted]))
+    found = np.array([p.similarity for p in pairs]), np.array([p.measure for p in pairs])
+    return Curated(result, accepted, steps, record, faults, contract, lengths, *found)
 
 
 def _write_rejected(settings, files: list[Path], rejected: list[Candidate]) -> None:
