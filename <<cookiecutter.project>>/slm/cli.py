@@ -64,12 +64,12 @@ def review(
 
 @dataset.command("list")
 def list_versions(config: Config = "project.yaml") -> None:
-    """One line per version, oldest first: when, rows, split, teachers, run."""
+    """One line per version, oldest first: when, rows (train/dev/test), run, teachers."""
     from slm import registry
 
     for r in registry.read(load_settings(config), "datasets"):
-        parts, teachers = "/".join(map(str, r["split"]["rows"].values())), ", ".join(r.get("teachers", {})) or "no teacher"
-        print(f"{r['version']}  {r['at'][:16]}  {r['rows']:>7} rows  {parts:<16} {teachers}  run {r['run_id']} ({r['profile']})")
+        split, teachers = "/".join(map(str, r["split"]["rows"].values())), ", ".join(r.get("teachers", {}))
+        print(f"{r['version']}  {r['at'][:16]}  {r['rows']} rows ({split})  run {r['run_id']}  {teachers}".rstrip())
 
 
 @dataset.command("diff")
@@ -78,9 +78,9 @@ def diff_versions(old: str, new: str, config: Config = "project.yaml", n: int = 
     from slm.curate.versions import diff
 
     found = diff(load_settings(config), old, new)
-    print(f"{found.summary}\n\n{found.table.to_string(index=False)}")
-    for sign, rows in (("+", found.added), ("-", found.removed), ("~", [" ".join(c) for c in found.changed])):
-        print("\n".join(f"{sign} {row}" for row in rows[:n]) + (f"\n{sign} … {len(rows) - n} more" if len(rows) > n else ""))
+    print(f"{found.summary}\n\n{found.table.to_string()}")
+    for sign, rows in (("+", found.added), ("-", found.removed), ("~", found.changed.agg(" ".join, axis=1).tolist())):
+        print(*(f"{sign} {row}" for row in rows[:n]), *[f"{sign} … {len(rows) - n} more"][: len(rows) > n], sep="\n")
 
 
 @dataset.command()
@@ -89,24 +89,24 @@ def reproduce(version: str, config: Config = "project.yaml") -> None:
     import shutil
 
     from slm import runner
-    from slm.curate.versions import reproduce as again
+    from slm.curate import versions
 
     settings = load_settings(config)
 
-    def run_04(folder, recorded: dict) -> None:
-        for part in ("slm", "task", "specs", "notebooks/04_curate.ipynb", "pyproject.toml"):
-            source, target = settings.path(part), folder / part
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():  # what lies there already is the record's
-                shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: Path(b).exists() or shutil.copy(a, b))
-            else:
-                shutil.copy(source, target)
+    def run_04(folder: Path, recorded: dict) -> None:
+        for part in ("slm", "specs", "task", "notebooks/04_curate.ipynb", "pyproject.toml"):
+            for source in [p for p in (settings.path(part), *settings.path(part).rglob("*")) if p.is_file()]:
+                target = folder / source.relative_to(settings.root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():  # an input of the record lies there already
+                    shutil.copyfile(source, target)
         for empty in ("project.yaml", RECIPE):  # the record holds every setting
             (folder / empty).parent.mkdir(parents=True, exist_ok=True)
             (folder / empty).write_text("{}\n")
-        runner.run(load_settings(overrides=recorded, run_id="reproduce", start=folder), ["04"], "project.yaml", recorded)
+        again = load_settings(overrides=recorded, run_id="reproduce", start=folder)
+        runner.run(again, ["04"], "project.yaml", recorded)
 
-    record = again(settings, version, run_04)
+    record = versions.reproduce(settings, version, run_04)
     print(f"version {record['version']} made again: {record['rows']} rows, the same hash.")
 
 

@@ -15,12 +15,11 @@ def tally(rows: Iterable[Row]) -> dict[str, Counter]:
     edge case (every kind but canonical), and by category and kind together ("cell"). One pass."""
     found: dict[str, Counter] = defaultdict(Counter)
     for row in rows:
-        meta = row.meta
+        meta, made = row.meta, row.meta.provenance
         for name in COUNTED:
             found[name][getattr(meta, name)] += 1
-        made = meta.provenance
-        for name, value in (("teacher", made.get("teacher")), ("prompt", made.get("prompt_version", made.get("prompt")))):
-            found[name].update([value] if value else [])
+        found["teacher"].update([made["teacher"]] if "teacher" in made else [])
+        found["prompt"].update([made.get("prompt_version", made["prompt"])] if "prompt" in made else [])
         found["domain"][str(made.get("domain", "not recorded"))] += 1
         found["edge case"]["no" if meta.kind == "canonical" else "yes"] += 1
         found["cell"][meta.category, meta.kind] += 1

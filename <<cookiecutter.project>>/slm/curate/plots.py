@@ -48,6 +48,7 @@ def histogram(groups: Mapping[str, Iterable[float]], lines: Mapping[str, float],
     for n, (name, value) in enumerate(lines.items()):
         axes.axvline(value, color=RED, ls=("-", "--", ":", "-.")[n % 4], lw=1.2, label=f"{name}: {value:g}")
     axes.set(xlabel=xlabel, ylabel="count")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return _save(figure, path)
 
@@ -57,15 +58,14 @@ def contradictions(records: list[dict], accepted: Iterable[Row], n: int = 5):
     `records` are lines of data/rejected."""
     import pandas as pd
 
-    found = {r["row"]["id"]: r for r in records if r["gate"] == "label_consistency"}
-    pairs = {frozenset((name, r["evidence"]["twin"])): r for name, r in found.items()}
-    twins = {r["evidence"]["twin"] for r in pairs.values()}
+    found = [r for r in records if r["gate"] == "label_consistency"]
+    pairs = list({frozenset((r["row"]["id"], r["evidence"]["twin"])): r for r in found}.values())[:n]
+    twins = {r["evidence"]["twin"] for r in pairs}
     known = {row.id: (row.user, row.answer) for row in accepted if row.id in twins}
-    known |= {r["row"]["id"]: (r["row"]["messages"][-2]["content"], r["row"]["messages"][-1]["content"]) for r in records if "row" in r}
-    lines = [
-        (r["evidence"]["field"], r["evidence"]["similarity"], *known[r["row"]["id"]], *known.get(r["evidence"]["twin"], ("?", "?")))
-        for r in list(pairs.values())[:n]
-    ]
+    for row in (Row.model_validate(r["row"]) for r in records if "row" in r):
+        known[row.id] = (row.user, row.answer)
+    lines = [(e["field"], e["similarity"], *known[r["row"]["id"]], *known.get(e["twin"], ("?", "?")))
+             for r in pairs for e in [r["evidence"]]]  # fmt: skip
     return pd.DataFrame(lines, columns=["field", "similarity", "message", "answer", "like message", "its answer"])
 
 

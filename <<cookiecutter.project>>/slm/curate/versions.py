@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from filelock import FileLock
 
 from slm import registry
 from slm.curate.coverage import COUNTED, tally
-from slm.curate.split import split_file
 from slm.errors import SlmError
 from slm.rows import iter_rows
 
@@ -22,10 +20,10 @@ from slm.rows import iter_rows
 DECIDING = ("data/raw/seed.jsonl", "data/raw/decisions.jsonl", "data/eval/*.jsonl", "registry/judge.jsonl", "task/contract.py",
             "task/checks.py", "task/prompts.py")  # fmt: skip
 STAGES = (
-    (50, "seed set (50-200)", "define the task and its output contract"),
-    (500, "first training run (500-2,000)", "prove that the behaviour can be learnt"),
-    (2_000, "serious v1 (2,000-10,000)", "cover categories and edge cases"),
-    (10_000, "production v1 (10,000-100,000+)", "use logs, targeted repair and a balanced distribution"),
+    (50, "seed set (50-200)", "settle what is asked and what an answer looks like"),
+    (500, "first training run (500-2,000)", "see whether the behaviour can be learnt at all"),
+    (2_000, "serious v1 (2,000-10,000)", "reach every category and edge case"),
+    (10_000, "production v1 (10,000-100,000+)", "grow from logs and repairs, kept in balance"),
 )  # fmt: skip
 
 
@@ -55,13 +53,6 @@ def record_dataset(settings, path: Path, split: dict, parents: dict, gates: list
     return registry.append(settings, "datasets", record)
 
 
-def split_and_record(settings, path: Path) -> dict:
-    """Split an accepted file and record it; parents and gates are those of the last record, where 04 wrote one."""
-    last, path = registry.latest(settings, "datasets") or {"parents": {}, "gates": []}, settings.path(path)
-    with writing(settings):
-        return record_dataset(settings, path, split_file(settings, path), last["parents"], last["gates"])
-
-
 def find(settings, version: str) -> dict:
     """The newest record of a version, which its first digits may name. Raises SlmError with the versions there are."""
     records = {record["version"]: record for record in registry.read(settings, "datasets")}
@@ -73,25 +64,26 @@ def find(settings, version: str) -> dict:
 
 
 def diff(settings, old: str | None, new: str) -> SimpleNamespace:
-    """What became of version `old` (None: of nothing) in `new`, by message: .added and .removed (row ids), .changed
-    ((id, old answer, new answer)), .summary (a sentence), .table (rows and shares per category and kind). Raises
+    """What became of version `old` (None: of nothing) in `new`, by message: .added and .removed (row ids), .changed (a
+    table: id, answers before and after), .table (rows and shares per category and kind), .summary (a sentence). Raises
     SlmError when the rows of a version are not here."""
     import pandas as pd
 
     before, after = _held(settings, old), _held(settings, new)
-    added = [row[0] for key, row in after.items() if key not in before]
-    removed = [row[0] for key, row in before.items() if key not in after]
-    both = [(row, before[key]) for key, row in after.items() if key in before]
-    changed = [(now[0], was[1], now[1]) for now, was in both if now[1] != was[1]]
-    lines = []
-    for place, dimension in ((2, "category"), (3, "kind")):
-        was, now = (Counter(row[place] for row in held.values()) for held in (before, after))
-        for value in sorted(was | now):
-            shift = 100 * (now[value] / max(1, now.total()) - was[value] / max(1, was.total()))
-            lines.append((dimension, value, was[value], now[value], now[value] - was[value], round(shift, 1)))
-    table = pd.DataFrame(lines, columns=["dimension", "value", "before", "after", "change", "shift (points)"])
-    summary = f"{len(added)} rows added, {len(removed)} removed, {len(changed)} answered differently"
-    return SimpleNamespace(added=added, removed=removed, changed=changed, table=table, summary=summary)
+    both = before.merge(after, "outer", ["message", "n"], suffixes=(" before", " after"), indicator="in")
+    added, removed = both.loc[both["in"] == "right_only", "id after"], both.loc[both["in"] == "left_only", "id before"]
+    changed = both.loc[(both["in"] == "both") & (both["answer before"] != both["answer after"])]
+    parts = []
+    for dimension in ("category", "kind"):
+        part = pd.DataFrame({"before": before[dimension].value_counts(), "after": after[dimension].value_counts()})
+        part = part.fillna(0).astype(int).sort_index()
+        shares = 100 * part / part.sum().clip(lower=1)
+        parts.append(part.assign(change=part.after - part.before, shift=(shares.after - shares.before).round(1)))
+    return SimpleNamespace(
+        added=list(added), removed=list(removed), changed=changed[["id after", "answer before", "answer after"]],
+        table=pd.concat(parts, keys=("category", "kind"), names=("", "value")).rename(columns={"shift": "shift (points)"}),
+        summary=f"{len(added)} rows added, {len(removed)} removed, {len(changed)} answered differently",
+    )  # fmt: skip
 
 
 def reproduce(settings, version: str, run: Callable[[Path, dict], object]) -> dict:
@@ -100,17 +92,19 @@ def reproduce(settings, version: str, run: Callable[[Path, dict], object]) -> di
     the rows come out otherwise."""
     record = find(settings, version)
     if "inputs" not in record:
-        raise SlmError(f"dataset {version}: its record names no inputs (it is from an older release); run 04_curate.")
+        raise SlmError(f"dataset {version}: recorded by an older release, without its inputs; run 04_curate.")
     with tempfile.TemporaryDirectory(dir=settings.path(".cache"), prefix="reproduce-") as folder:
         for file, known in record["inputs"].items():
             source, copy = settings.path(file), Path(folder, file)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if source.is_file():
                 shutil.copyfile(source, copy)
+                # Batches and decisions only grow: their beginning is what they were.
                 if file.endswith(".jsonl") and copy.stat().st_size > known["bytes"]:
-                    os.truncate(copy, known["bytes"])  # batches and decisions only grow: their beginning is what they were
+                    os.truncate(copy, known["bytes"])
             if not source.is_file() or _identity(copy) != known:
-                raise SlmError(f"{file}: not what version {record['version']} was made from; bring that file back (git), run again.")
+                problem = f"not what version {record['version']} was made from; bring that file back (git)"
+                raise SlmError(f"{file}: {problem}, then run again.")
         run(Path(folder), record["config"])
         made = Path(folder, "data/accepted/all.jsonl")
         if (got := registry.file_hash(made)[:12]) != record["version"]:
@@ -137,14 +131,14 @@ def volume_stage(n: int) -> str:
     if len(reached) == len(STAGES):
         return text
     start, name, goal = STAGES[len(reached)]
-    return f"{text} Next: {start - n:,} more for the {name}, to {goal}" + ("." if n < 500 else ", once these rows move the metric.")
+    proviso = "" if n < 500 else ", once these rows move the metric"
+    return f"{text} Next: {start - n:,} more for the {name}, to {goal}{proviso}."
 
 
 def volume_warning(settings, planned: int) -> str:
     """A warning when thousands of rows are planned and no run is recorded yet; else nothing."""
-    if planned < 2_000 or registry.read(settings, "runs"):
-        return ""
-    return f"WARNING: {planned:,} rows are planned and no run is recorded: first show that 500 move the metric (05, 06)."
+    text = f"WARNING: {planned:,} rows are planned and no run is recorded: first show that 500 move the metric."
+    return "" if planned < 2_000 or registry.read(settings, "runs") else text
 
 
 def _identity(path: Path) -> dict:
@@ -165,15 +159,19 @@ def _keep(settings, path: Path, version: str) -> None:
         os.replace(temporary, target)
 
 
-def _held(settings, version: str | None) -> dict[str, tuple[str, str, str, str]]:
-    """Id, answer, category and kind of every row, by what comes before the answer."""
-    held: dict[str, tuple] = {}
-    file = _archive(settings, find(settings, version)["version"]) if version else None
+def _held(settings, version: str | None):
+    """A table of a version's rows: message (a hash of all before the answer), id, answer, category, kind, and n, which
+    counts the rows of one message."""
+    import pandas as pd
+
+    lines, file = [], _archive(settings, find(settings, version)["version"]) if version else None
     if file and not file.is_file():
-        raise SlmError(f"{file.name}: not in registry/datasets (git leaves it out); python -m slm dataset reproduce makes it again.")
+        hint = "`python -m slm dataset reproduce` makes it again"
+        raise SlmError(f"{file.name}: not in registry/datasets (git leaves it out); {hint}.")
     with gzip.open(file or os.devnull) as stream:
         for row in map(json.loads, stream):
-            key, answer = json.dumps(row["messages"][:-1]), row["messages"][-1]["content"]
-            answer += f" (rejected: {row['rejected']})" if row.get("rejected") else ""
-            held[key + row["id"] if key in held else key] = (row["id"], answer, row["meta"]["category"], row["meta"].get("kind", ""))
-    return held
+            *before, last = row["messages"]
+            facts = row["meta"]["category"], row["meta"].get("kind", "canonical")
+            lines.append((hash(json.dumps(before)), row["id"], last["content"] + row.get("rejected", ""), *facts))
+    frame = pd.DataFrame(lines, columns=["message", "id", "answer", "category", "kind"])
+    return frame.assign(n=frame.groupby("message").cumcount())
