@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -149,6 +150,21 @@ def test_no_group_and_no_contrast_stands_on_two_sides(tmp_path):
     assert len({sides[rows[n].id] for n in (61, 63, 65)}) == 1
     lines = sorted(line for name in NAMES for line in path.with_name(f"{name}.jsonl").read_text().splitlines())
     assert lines == sorted(path.read_text().splitlines()), "lines stand as they stood"
+
+
+def test_clusters_stay_whole_when_asked_for(tmp_path, monkeypatch):
+    """Paraphrases of one situation in train and in test. A group goes with its first row, so that clusters do not chain."""
+    path, settings = tmp_path / "all.jsonl", settings_in(tmp_path, split_by="cluster")
+    rows = [row(n, group=f"g{n // 2}") for n in range(80)]
+    write_rows(path, rows)
+    fake = SimpleNamespace(cluster_ids=lambda texts, settings: [(n + 1) // 8 for n in range(len(texts))])
+    monkeypatch.setitem(sys.modules, "slm.curate.clusters", fake)
+    found = split_file(settings, path)
+    sides = {r.id: name for name in NAMES for r in read_rows(path.with_name(f"{name}.jsonl"))}
+    assert found["rule"].startswith("whole clusters") and len(set(sides.values())) == 3
+    for n in range(80):
+        assert sides[rows[n].id] == sides[rows[n - n % 2].id]
+        assert sides[rows[n].id] == sides[rows[8 * ((n - n % 2 + 1) // 8)].id]
 
 
 def test_split_refuses_two_rows_of_one_id_and_a_broken_line(tmp_path):

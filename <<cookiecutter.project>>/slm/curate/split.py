@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slm import registry
+from slm.curate.text import text_of
 from slm.errors import SlmError
 from slm.rows import iter_rows, write_text
 
@@ -61,18 +62,24 @@ def join(ids: list[str], keys: list[str], links: list[tuple[str, str]]) -> list[
 
 def split_file(settings, path: Path, links: Iterable[tuple[str, str]] = ()) -> dict:
     """Split a file of rows into train, dev_internal and test_internal beside it, lines as they stand; returns the
-    split's record. A row without a group is its own. `links` are pairs of row ids that must not be parted (alike rows,
-    members of one cluster), besides a row and its contrast (provenance.contrast_of)."""
+    split's record. A row without a group is its own; with `curate.split_by` cluster, groups of one cluster stay together.
+    `links` are pairs of row ids that must not be parted, besides a row and its contrast (provenance.contrast_of)."""
     path, cfg = Path(path), settings.curate
-    ids, keys, labels, starts, links = [], [], [], array("q"), list(links)
+    ids, keys, labels, texts, starts, links = [], [], [], [], array("q"), list(links)
     for row in iter_rows(path):
         ids.append(row.id)
         keys.append(row.meta.group or row.id)
         labels.append(row.meta.category)
+        texts += [text_of(row)] if cfg.split_by == "cluster" else []
         if isinstance(twin := row.meta.provenance.get("contrast_of"), str):
             links.append((row.id, twin))
     if twice := len(ids) - len(set(ids)):
         raise SlmError(f"{path}: {twice} rows have the id of another row; ids must be unique.")
+    if texts:
+        from slm.curate.clusters import cluster_ids
+
+        home: dict[str, str] = {}  # a group goes where its first row is
+        keys = [home.setdefault(key, f"cluster {n}") for key, n in zip(keys, cluster_ids(texts, settings), strict=True)]
     sides = dict(zip(NAMES, deal(join(ids, keys, links), labels, cfg.seed, cfg.small_dataset), strict=True))
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         position = 0
@@ -88,7 +95,7 @@ def split_file(settings, path: Path, links: Iterable[tuple[str, str]] = ()) -> d
         for name, side in sides.items():
             write_text(path.with_name(f"{name}.jsonl"), map(line_at, side))
     return {
-        "seed": cfg.seed, "rule": "whole groups, labels in proportion; 70/15/15 below small_dataset, else 80/10/10",
+        "seed": cfg.seed, "rule": f"whole {cfg.split_by}s, labels in proportion; 70/15/15 below small_dataset, else 80/10/10",
         "small_dataset": cfg.small_dataset, "shares": list(SMALL if len(ids) < cfg.small_dataset else LARGE),
         "rows": {name: len(side) for name, side in sides.items()},
         "labels": {name: dict(sorted(Counter(labels[n] for n in side).items())) for name, side in sides.items()},
