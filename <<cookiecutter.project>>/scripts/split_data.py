@@ -10,12 +10,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(file: Path, profile: str = "default", run_id: str = "dev"):
     """Write train.jsonl, dev_internal.jsonl and test_internal.jsonl beside the file, and record the dataset."""
-    from slm.curate.split import split_and_record
+    from slm import registry
+    from slm.curate.split import split_file
+    from slm.curate.versions import record_dataset, writing
     from slm.errors import SlmError
     from slm.settings import load_settings
 
     try:
-        record = split_and_record(load_settings(profile=profile, run_id=run_id), file)
+        settings = load_settings(profile=profile, run_id=run_id)
+        path, last = settings.path(file), registry.latest(settings, "datasets") or {"parents": {}, "gates": []}
+        with writing(settings):
+            record = record_dataset(settings, path, split_file(settings, path), last["parents"], last["gates"])
     except SlmError as error:
         sys.exit(str(error))
     for name, rows in record["split"]["rows"].items():

@@ -1,12 +1,13 @@
 """The command line: every refusal is one sentence and exit code 1."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from slm.errors import SlmError
-from slm.settings import load_settings, parse_override
+from slm.settings import RECIPE, load_settings, parse_override
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="From a written contract to a proven small model."
@@ -16,6 +17,8 @@ app.add_typer(rows, name="curate")
 RowId = Annotated[str, typer.Argument(metavar="ID", help="The row's id, as data/rejected and data/accepted show it.")]
 Reviewer = Annotated[str, typer.Option(help="Who decides; kept with the decision.")]
 Reason = Annotated[str, typer.Option(help="Why; kept with the decision.")]
+dataset = typer.Typer(no_args_is_help=True, help="Dataset versions: which there are, how two differ, one made again.")
+app.add_typer(dataset, name="dataset")
 Profile = Annotated[str, typer.Option(help="A profile of project.yaml: default, smoke, cpu, gpu.")]
 RunId = Annotated[str, typer.Option(help="Names the run's folders; letters, digits, '.', '_', '-'.")]
 Config = Annotated[str, typer.Option(help="The settings file.")]
@@ -99,6 +102,54 @@ def restore(row_id: RowId, reviewer: Reviewer, reason: Reason = "", config: Conf
 
     done = review.restore(load_settings(config), row_id, reviewer, reason)
     print(f"{done.id}: restored by {done.reviewer}, recorded; run 04 again.")
+
+
+@dataset.command("list")
+def list_versions(config: Config = "project.yaml") -> None:
+    """One line per version, oldest first: when, rows (train/dev/test), run, teachers."""
+    from slm import registry
+
+    for r in registry.read(load_settings(config), "datasets"):
+        split, teachers = "/".join(map(str, r["split"]["rows"].values())), ", ".join(r.get("teachers", {}))
+        print(f"{r['version']}  {r['at'][:16]}  {r['rows']} rows ({split})  run {r['run_id']}  {teachers}".rstrip())
+
+
+@dataset.command("diff")
+def diff_versions(old: str, new: str, config: Config = "project.yaml", n: int = 5) -> None:
+    """Rows added, removed and answered differently, and the shift per category and kind; N examples of each."""
+    from slm.curate.versions import diff
+
+    found = diff(load_settings(config), old, new)
+    print(f"{found.summary}\n\n{found.table.to_string()}")
+    for sign, rows in (("+", found.added), ("-", found.removed), ("~", found.changed.agg(" ".join, axis=1).tolist())):
+        print(*(f"{sign} {row}" for row in rows[:n]), *[f"{sign} … {len(rows) - n} more"][: len(rows) > n], sep="\n")
+
+
+@dataset.command()
+def reproduce(version: str, config: Config = "project.yaml") -> None:
+    """Run 04 again, aside, on the recorded inputs and settings; exit 1 when the rows come out otherwise."""
+    import shutil
+
+    from slm import runner
+    from slm.curate import versions
+
+    settings = load_settings(config)
+
+    def run_04(folder: Path, recorded: dict) -> None:
+        for part in ("slm", "specs", "task", "notebooks/04_curate.ipynb", "pyproject.toml"):
+            for source in [p for p in (settings.path(part), *settings.path(part).rglob("*")) if p.is_file()]:
+                target = folder / source.relative_to(settings.root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():  # an input of the record lies there already
+                    shutil.copyfile(source, target)
+        for empty in ("project.yaml", RECIPE):  # the record holds every setting
+            (folder / empty).parent.mkdir(parents=True, exist_ok=True)
+            (folder / empty).write_text("{}\n")
+        again = load_settings(overrides=recorded, run_id="reproduce", start=folder)
+        runner.run(again, ["04"], "project.yaml", recorded)
+
+    record = versions.reproduce(settings, version, run_04)
+    print(f"version {record['version']} made again: {record['rows']} rows, the same hash.")
 
 
 def main() -> None:

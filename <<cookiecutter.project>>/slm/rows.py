@@ -158,8 +158,8 @@ def read_rows(path: Path, **meta) -> list[Row]:
     return rows
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a whole file or nothing: temporary file beside it, fsync, rename."""
+def write_text(path: Path, text: str | Iterable[str]) -> Path:
+    """Write a whole file or nothing, from one text or from parts as they come: temporary file beside it, fsync, rename."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def write_text(path: Path, text: str) -> Path:
         raise SlmError(f"{path}: cannot write ({error.strerror}).") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.writelines([text] if isinstance(text, str) else text)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
@@ -189,7 +189,7 @@ def write_json(path: Path, value) -> Path:
 
 def write_jsonl(path: Path, records: Iterable[dict]) -> Path:
     """Write dictionaries as JSONL, atomically."""
-    return write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return write_text(path, (json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:

@@ -102,6 +102,7 @@ class Curate(Section):
     min_words: int = Field(2, ge=0)
     max_tokens: int = Field(512, ge=8)  # rendered row, in the student's tokens
     small_dataset: int = Field(1000, ge=0)  # below this the split is 70/15/15, from it on 80/10/10
+    split_by: Literal["group", "cluster"] = "group"  # cluster: whole clusters of like messages on one side
     seed: int = 0
     include_seed_rows: bool = True
     # Optional gates and the review queue; nothing here is on by default but the queue.

@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 from slm import registry
 from slm.contract import Contract
-from slm.curate import curate, privacy, split_rows
+from slm.curate import curate, privacy
 from slm.curate.accept import judge
-from slm.curate.coverage import coverage
 from slm.curate.leakage import leaks
 from slm.curate.read import Candidate, read_candidates
 from slm.curate.rubric import DIMENSIONS, accepts
@@ -185,12 +184,6 @@ def test_user_checks_refuse_and_a_crashing_check_is_named(tmp_path):
         gates_of(tmp_path, rows, checks=[broken])
 
 
-def test_coverage_names_what_is_short():
-    """A set of one category and easy rows only that looks fine in total."""
-    table = coverage([row(message(n), difficulty="easy") for n in range(10)], CONTRACT).set_index("value")
-    assert table.loc["billing", "verdict"] == "short" and table.loc["easy", "verdict"] == "too many easy"
-
-
 def test_malformed_lines_become_candidates(tmp_path):
     """A crash at line 3 of a million, or a line that silently disappears."""
     file = tmp_path / "b.jsonl"
@@ -257,28 +250,6 @@ def test_accepted_answers_are_canonical_and_the_record_is_complete(project):
     assert ten <= set(steps) and record["gates"][-1]["out"] == len(result.accepted)
     for one, two in zip(record["gates"], record["gates"][1:], strict=False):
         assert one["in"] - one["rejected"] == one["out"] == two["in"]
-
-
-def test_no_group_stands_on_two_sides(project):
-    """Two rows of one customer, one in train and one in test."""
-    curate(project, CONTRACT, [], count)
-    sides = [read_rows(project.path(f"data/accepted/{n}.jsonl")) for n in ("train", "dev_internal", "test_internal")]
-    groups = [{r.meta.group or r.id for r in side} for side in sides]
-    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
-    assert sum(map(len, sides)) == len(read_rows(project.path("data/accepted/all.jsonl")))
-
-
-@pytest.mark.parametrize(("n", "shares"), [(200, (0.7, 0.15, 0.15)), (1200, (0.8, 0.1, 0.1)), (4, None)])
-def test_split_shares_follow_the_size(n, shares):
-    """70/15/15 for small sets, 80/10/10 for larger ones, and never an empty side."""
-    rows = [row(f"m{i}", group=f"g{i // 2 if n > 9 else i}") for i in range(n)]
-    sides = split_rows(rows, 0, 1000)
-    assert all(sides.values()) and sides == split_rows(rows, 0, 1000)
-    assert n < 9 or split_rows(rows, 1, 1000) != sides
-    for side, share in zip(sides.values(), shares or (), strict=False):
-        assert abs(len(side) / n - share) < 0.02
-    with pytest.raises(SlmError, match="three groups"):
-        split_rows(rows[:2], 0, 1000)
 
 
 def test_missing_evaluation_set_stops_curation(project):

@@ -1,9 +1,13 @@
 """04: gates, duplicates, leakage, balance, split; every rejected row is kept with its reason."""
 
 from slm.curate.accept import Curated, curate
-from slm.curate.coverage import coverage
-from slm.curate.funnel import plot_funnel
-from slm.curate.split import split_file, split_rows
+from slm.curate.coverage import cells, coverage
+from slm.curate.plots import contradictions, heat_map, histogram, plot_funnel
+from slm.curate.split import split_file
 from slm.curate.tokens import token_counter
+from slm.curate.versions import diff, split_table, volume_stage, volume_warning
 
-__all__ = ["Curated", "coverage", "curate", "plot_funnel", "split_file", "split_rows", "token_counter"]
+__all__ = [
+    "Curated", "cells", "contradictions", "coverage", "curate", "diff", "heat_map", "histogram", "plot_funnel",
+    "split_file", "split_table", "token_counter", "volume_stage", "volume_warning",
+]  # fmt: skip

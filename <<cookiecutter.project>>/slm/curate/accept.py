@@ -9,10 +9,12 @@ from pathlib import Path
 from slm import registry
 from slm.curate import duplicates, gates, leakage, privacy
 from slm.curate.coverage import coverage
-from slm.curate.funnel import planted_table, plot_funnel
+from slm.curate.funnel import planted_table
+from slm.curate.plots import plot_funnel
 from slm.curate.read import Candidate, Verdict, read_candidates
-from slm.curate.split import record_dataset, split_file
+from slm.curate.split import split_file
 from slm.curate.text import pairs_of
+from slm.curate.versions import record_dataset, writing
 from slm.errors import SlmError
 from slm.generate.plan import batches
 from slm.rows import Row, write_jsonl, write_rows
@@ -30,6 +32,32 @@ class Curated:
     record: dict
     planted: list[dict]
     contract: object
+    lengths: object = None  # numpy: tokens of the accepted rows
+    similarities: object = None  # numpy: similarity of each pair found
+    measures: object = None  # numpy: and by which measure
+
+    @property
+    def read(self) -> int:
+        """Rows read."""
+        return len(self.candidates)
+
+    @property
+    def kept(self) -> int:
+        """Rows accepted."""
+        return len(self.accepted)
+
+    @property
+    def refused(self) -> int:
+        """Rows rejected."""
+        return len(self.rejected)
+
+    def accepted_rows(self):
+        """The accepted rows, one by one."""
+        return iter(self.accepted)
+
+    def rejected_records(self):
+        """The lines of data/rejected, one by one."""
+        return (candidate.record() for candidate in self.rejected)
 
     @property
     def rejected(self) -> list[Candidate]:
@@ -163,12 +191,19 @@ def curate(settings, contract, checks: list[Callable], count_tokens: Callable, h
     uneven = table[~table["verdict"].isin(["", "ok"])]
     short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
     steps.append({"gate": "coverage", "in": len(accepted), "rejected": 0, "out": len(accepted), "warnings": short})
-    write_rows(path, accepted)
     parents = {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files}
-    record = record_dataset(settings, path, split_file(settings, path), parents, steps)
+    with writing(settings):
+        write_rows(path, accepted)
+        record = record_dataset(settings, path, split_file(settings, path), parents, steps)
     planted = settings.path("data/raw/planted_faults.json")
     faults = json.loads(planted.read_text(encoding="utf-8")) if planted.is_file() else []
-    return Curated(result, accepted, steps, record, faults, contract)
+    import numpy as np
+
+    cfg, rows = settings.curate, [c.row for c in result if c.row]
+    pairs = pairs_of(rows, min(cfg.near_duplicate, cfg.contradiction), cfg.semantic_duplicate)
+    lengths = np.array(count_tokens([contract.messages(row) for row in accepted]))
+    found = np.array([p.similarity for p in pairs]), np.array([p.measure for p in pairs])
+    return Curated(result, accepted, steps, record, faults, contract, lengths, *found)
 
 
 def _write_rejected(settings, files: list[Path], rejected: list[Candidate]) -> None:

@@ -1,75 +1,103 @@
-"""Train, dev and test from the accepted rows: by group, with a seed, no group on two sides."""
+"""Train, dev and test from the accepted rows: whole groups, each label in proportion, with a seed."""
 
 import hashlib
-from collections import defaultdict
+import mmap
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from slm import registry
-from slm.curate.coverage import counts
+from slm.curate.text import text_of
 from slm.errors import SlmError
-from slm.rows import Row, read_rows, write_rows
+from slm.rows import iter_rows, write_text
 
 NAMES = ("train", "dev_internal", "test_internal")
 SMALL, LARGE = (0.70, 0.15, 0.15), (0.80, 0.10, 0.10)
 
 
-def split_rows(rows: list[Row], seed: int, small_dataset: int) -> dict[str, list[Row]]:
-    """70/15/15 below `small_dataset` rows, 80/10/10 from there on. Groups are dealt in the order of a seeded hash. A
-    row without a group is a group of its own. Raises SlmError with fewer than three groups."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.meta.group or row.id].append(row)
+def deal(keys: list[str], labels: list[str], seed: int, small_dataset: int) -> list[list[int]]:
+    """Row numbers for each of NAMES, from every row's group and label. Large groups are dealt first, equal ones by a
+    seeded hash, each to the side where it adds least to the sum of (rows - wanted)^2 / wanted over its labels and the
+    total. On a side rows stand in the order of the hash. Raises SlmError with fewer than three groups."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for n, key in enumerate(keys):
+        groups[key].append(n)
     if len(groups) < 3:
-        raise SlmError(f"split: {len(rows)} accepted rows in {len(groups)} groups; three groups are the least.")
-    shares = SMALL if len(rows) < small_dataset else LARGE
-    order = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
-    sides: dict[str, list[Row]] = {name: [] for name in NAMES}
-    for place, group in enumerate(order):
-        left = len(order) - place
-        # The side that is furthest below its share takes the group; the last groups go to sides that have none.
-        bare = [name for name in NAMES if not sides[name]]
-        open_sides = bare if left <= len(bare) else NAMES
-        lack = {n: s * len(rows) - len(sides[n]) for n, s in zip(NAMES, shares, strict=True)}
-        sides[max(open_sides, key=lambda name: lack[name] / len(rows))].extend(groups[group])
+        raise SlmError(f"split: {len(keys)} accepted rows in {len(groups)} groups; three groups are the least.")
+    shares, total = SMALL if len(keys) < small_dataset else LARGE, {**Counter(labels), None: len(keys)}
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    filled, bare, side_of = [Counter() for _ in NAMES], [0, 1, 2], {}
+    for place, key in enumerate(sorted(order, key=lambda key: -len(groups[key]))):  # a stable sort
+        parts = [*Counter(labels[n] for n in groups[key]).items(), (None, len(groups[key]))]
+        costs = [
+            sum(count * ((2 * have[label] + count) / (share * total[label]) - 2) for label, count in parts)
+            for share, have in zip(shares, filled, strict=True)
+        ]
+        # The last groups go to sides that have none.
+        side = min(bare if len(order) - place <= len(bare) else range(3), key=costs.__getitem__)
+        side_of[key], bare = side, [n for n in bare if n != side]
+        filled[side].update(dict(parts))
+    sides: list[list[int]] = [[] for _ in NAMES]
+    for key in order:
+        sides[side_of[key]] += groups[key]
     return sides
 
 
-def split_file(settings, path: Path) -> dict:
-    """Split an accepted file into train, dev_internal and test_internal beside it; returns the split's record."""
-    path = Path(path)
-    sides = split_rows(read_rows(path), settings.curate.seed, settings.curate.small_dataset)
-    for name, rows in sides.items():
-        write_rows(path.with_name(f"{name}.jsonl"), rows)
-    total = sum(map(len, sides.values()))
+def join(ids: list[str], keys: list[str], links: list[tuple[str, str]]) -> list[str]:
+    """The groups once more, those of every two linked row ids made one; an id that is not here is passed over."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    key_of, names = dict(zip(ids, keys, strict=True)), {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    pairs = [(names[key_of[a]], names[key_of[b]]) for a, b in links if a in key_of and b in key_of]
+    if not pairs:
+        return keys
+    graph = coo_array(([1] * len(pairs), tuple(zip(*pairs, strict=True))), shape=(len(names), len(names)))
+    part_of, first = dict(zip(names, connected_components(graph, directed=False)[1].tolist(), strict=True)), {}
+    for key, part in part_of.items():
+        first[part] = min(first.get(part, key), key)
+    return [first[part_of[key]] for key in keys]
+
+
+def split_file(settings, path: Path, links: Iterable[tuple[str, str]] = ()) -> dict:
+    """Split a file of rows into train, dev_internal and test_internal beside it, lines as they stand; returns the
+    split's record. A row without a group is its own; with `curate.split_by` cluster, groups of one cluster stay together.
+    `links` are pairs of row ids that must not be parted, besides a row and its contrast (provenance.contrast_of)."""
+    path, cfg = Path(path), settings.curate
+    ids, keys, labels, texts, starts, links = [], [], [], [], array("q"), list(links)
+    for row in iter_rows(path):
+        ids.append(row.id)
+        keys.append(row.meta.group or row.id)
+        labels.append(row.meta.category)
+        texts += [text_of(row)] if cfg.split_by == "cluster" else []
+        if isinstance(twin := row.meta.provenance.get("contrast_of"), str):
+            links.append((row.id, twin))
+    if twice := len(ids) - len(set(ids)):
+        raise SlmError(f"{path}: {twice} rows have the id of another row; ids must be unique.")
+    if texts:
+        from slm.curate.clusters import cluster_ids
+
+        home: dict[str, str] = {}  # a group goes where its first row is
+        keys = [home.setdefault(key, f"cluster {n}") for key, n in zip(keys, cluster_ids(texts, settings), strict=True)]
+    sides = dict(zip(NAMES, deal(join(ids, keys, links), labels, cfg.seed, cfg.small_dataset), strict=True))
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        position = 0
+        for line in stream:
+            if line.strip():
+                starts.append(position)
+            position += len(line)
+
+        def line_at(n: int) -> str:
+            text.seek(starts[n])
+            return text.readline().decode().strip() + "\n"
+
+        for name, side in sides.items():
+            write_text(path.with_name(f"{name}.jsonl"), map(line_at, side))
     return {
-        "seed": settings.curate.seed,
-        "rule": "by group; 70/15/15 below small_dataset, else 80/10/10",
-        "small_dataset": settings.curate.small_dataset,
-        "shares": list(SMALL if total < settings.curate.small_dataset else LARGE),
-        "rows": {name: len(rows) for name, rows in sides.items()},
-        "files": {name: registry.file_hash(path.with_name(f"{name}.jsonl"))[:16] for name in sides},
-    }
-
-
-def record_dataset(settings, path: Path, split: dict, parents: dict, gates: list[dict]) -> dict:
-    """The dataset's line in registry/datasets.jsonl; the version is the content hash of `path`. An unchanged dataset
-    with an unchanged split is not recorded twice."""
-    rows = read_rows(path)
-    version = registry.file_hash(path)[:12]
-    last = registry.latest(settings, "datasets")
-    if last and last["version"] == version and last["split"] == split and last["parents"] == parents:
-        return last
-    record = {
-        "version": version, "previous": last["version"] if last else None,
-        "file": str(Path(path).relative_to(settings.root)), "rows": len(rows), "parents": parents,
-        "counts": counts(rows), "gates": gates, "split": split,
-        "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash,
+        "seed": cfg.seed, "rule": f"whole {cfg.split_by}s, labels in proportion; 70/15/15 below small_dataset, else 80/10/10",
+        "small_dataset": cfg.small_dataset, "shares": list(SMALL if len(ids) < cfg.small_dataset else LARGE),
+        "rows": {name: len(side) for name, side in sides.items()},
+        "labels": {name: dict(sorted(Counter(labels[n] for n in side).items())) for name, side in sides.items()},
+        "files": {name: registry.file_hash(path.with_name(f"{name}.jsonl"))[:16] for name in NAMES},
     }  # fmt: skip
-    return registry.append(settings, "datasets", record)
-
-
-def split_and_record(settings, path: Path) -> dict:
-    """Split an accepted file and record it; parents and gates are those of the last record, where 04 wrote one."""
-    last = registry.latest(settings, "datasets") or {"parents": {}, "gates": []}
-    path = settings.path(path)
-    return record_dataset(settings, path, split_file(settings, path), last["parents"], last["gates"])
