@@ -1,11 +1,14 @@
 """What cookiecutter makes: the exact tree, every file whole, every option, every refusal."""
 
+import ast
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 import tomllib
 from pathlib import Path
 
@@ -355,9 +358,21 @@ def test_hooks_are_short_and_plain():
         assert modules and set(modules) <= set(sys.stdlib_module_names), hook.name
 
 
+def lines_of_code(path: Path) -> int:
+    """Lines that hold code: no blank lines, no comments, no docstrings."""
+    text = path.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    quiet = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines = {line for t in tokens if t.type not in quiet for line in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
 def test_slm_stays_within_its_budget(baked):
-    """A library that nobody can read any more: past 8,000 lines the design is wrong."""
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (baked / "slm").rglob("*.py"))
+    """A library that nobody can read any more: past 8,000 lines of code the design is wrong."""
+    lines = sum(lines_of_code(path) for path in (baked / "slm").rglob("*.py"))
     assert 1000 < lines < 8000
 
 
