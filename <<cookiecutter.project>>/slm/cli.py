@@ -1,5 +1,6 @@
 """The command line: every refusal is one sentence and exit code 1."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -145,6 +146,9 @@ def reproduce(version: str, config: Config = "project.yaml") -> None:
         for empty in ("project.yaml", RECIPE):  # the record holds every setting
             (folder / empty).parent.mkdir(parents=True, exist_ok=True)
             (folder / empty).write_text("{}\n")
+        base = settings.root / recorded["model"]["base"]
+        recorded["model"]["base"] = str(base) if base.is_dir() else recorded["model"]["base"]
+        os.environ.pop("SLM_PROFILE", None)
         again = load_settings(overrides=recorded, run_id="reproduce", start=folder)
         runner.run(again, ["04"], "project.yaml", recorded)
 

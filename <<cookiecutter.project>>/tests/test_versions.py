@@ -263,6 +263,7 @@ def test_a_version_is_made_again_after_settings_and_batches_moved_on(project):
     with project.path("data/generated/batch_001.jsonl").open("a") as stream:
         stream.write(row(500).model_dump_json(exclude_none=True) + "\n")
     other = run_04(project).record
+    shutil.rmtree(project.path(".cache"))  # a fresh clone has none
     accepted = project.path("data/accepted/all.jsonl").read_bytes()
     assert other["version"] != first["version"]
     assert reproduce(project, first["version"], again)["config"]["curate"]["seed"] == 5

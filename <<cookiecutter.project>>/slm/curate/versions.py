@@ -93,6 +93,7 @@ def reproduce(settings, version: str, run: Callable[[Path, dict], object]) -> di
     record = find(settings, version)
     if "inputs" not in record:
         raise SlmError(f"dataset {version}: recorded by an older release, without its inputs; run 04_curate.")
+    settings.path(".cache").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.path(".cache"), prefix="reproduce-") as folder:
         for file, known in record["inputs"].items():
             source, copy = settings.path(file), Path(folder, file)
