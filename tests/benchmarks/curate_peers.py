@@ -45,7 +45,9 @@ def datatrove(file: Path, work: Path, embedder: str) -> list[int]:
         (2, [reader, dedup.MinhashDedupFilter(f"{w}/remove"), JsonlWriter(f"{w}/out", compression=None)]),
     ]
     for tasks, pipeline in steps:
-        Executor(pipeline=pipeline, tasks=tasks, workers=min(2, tasks), logging_dir=f"{w}/logs/{len(os.listdir(w))}").run()
+        Executor(
+            pipeline=pipeline, tasks=tasks, workers=min(2, tasks), logging_dir=f"{w}/logs/{len(os.listdir(w))}"
+        ).run()
     return [
         int(json.loads(line)["id"]) for out in sorted((work / "out").glob("*")) for line in out.open(encoding="utf-8")
     ]
@@ -102,11 +104,11 @@ def main() -> None:
     """Run one peer."""
     name, file, work, embedder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), sum(os.times()[:4])
     kept = RUN[name](file, work, embedder)
-    seconds = time.perf_counter() - begin
+    seconds, used = time.perf_counter() - begin, sum(os.times()[:4]) - used
     (work / "kept.json").write_text(json.dumps(kept))
-    print(json.dumps({"seconds": round(seconds, 2), "version": version(name.split(",")[0])}))
+    print(json.dumps({"seconds": round(seconds, 2), "cpu_s": round(used, 2), "version": version(name.split(",")[0])}))
 
 
 if __name__ == "__main__":
