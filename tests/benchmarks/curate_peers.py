@@ -2,7 +2,11 @@
 
     python curate_peers.py NAME texts.jsonl work_folder [embedder]
 
-texts.jsonl holds {"id": "n", "text": ...}; the ids kept go to work_folder/kept.json, the seconds to the last line."""
+texts.jsonl holds {"id": "n", "text": ...}; the ids kept go to work_folder/kept.json, the seconds to the last line.
+Their python, in an environment of its own (they do not agree with each other's newest dependencies):
+
+    pip install datatrove spacy semhash distilabel nltk requests "datasketch<1.7" "xxhash<4"
+    pip install --no-deps text-dedup && pip install click-option-group ftfy regex bitarray scipy zstandard"""
 
 import json
 import os
