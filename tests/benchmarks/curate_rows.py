@@ -79,7 +79,7 @@ SYNONYMS = dict(pair.split(":") for pair in (
     "typed:entered colleague:coworker note:memo wrote:penned says:states since:from cannot:can't regards:greetings thanks:cheers "
     "see:view look:search next:following current:present stars:points points:marks city:town theatre:cinema schedule:timetable"
 ).split())  # fmt: skip
-# What generators let slip, collected without a look at the gate's patterns; the last is a run of the project's own prompt.
+# What generators let slip; the last is a run of the project's own prompt.
 LEAKS = [
     "As requested in the generation instructions, here is the next one: ", "Here is a realistic example of the category: ",
     "(synthetic data, kind: near-miss) ", "This example tests whether the model stays calm. ", "Difficulty: hard. ",
