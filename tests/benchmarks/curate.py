@@ -426,6 +426,8 @@ writes accepted, rejected, split and record.
             )
     text.append("\nMemory is that of the whole process tree (PSS, five looks a second). The goal at 1,000,000 rows on two cores:"
                 f" {GOAL['seconds']['without']} s without and {GOAL['seconds']['with']} s with embeddings, {GOAL['gib']} GiB.\n")  # fmt: skip
+    if any(r["load"] > 1 for r in runs):
+        text.append("Other work ran on the machine meanwhile (see load): CPU seconds tell more than seconds here.\n")
     for mode in ("without", "with"):
         mine = sorted((r for r in done if r["mode"] == mode), key=lambda r: r["rows"])
         if len(mine) > 1:
@@ -547,6 +549,7 @@ def main() -> None:
             for n in sorted(options.rows) for mode in modes]  # fmt: skip
     peers = [part(f"peer {name} {n} {options.peers}", lambda n=n, name=name: peer(name, n, options.peers, model, snips, options.peer_limit))
              for n in sorted(options.peer_rows) for name in ("this project", *curate_peers.SETTING)]  # fmt: skip
+    not_run += [] if options.peer_rows else ["other tools: --peer-rows is empty"]
     not_run += [f"{r['rows']:,} rows {r['mode']} embeddings: {r['error']}" for r in runs if "error" in r]
     not_run += [f"{p['peer']}, {p['rows']:,} rows: {p['error']}" for p in peers if "error" in p]
     not_run += [f"{n:,} rows" for n in (10_000, 100_000, 1_000_000) if n not in options.rows]
