@@ -478,15 +478,15 @@ writes accepted, rejected, split and record.
         text += ["\n## Near duplicates: this project and others\n",
                  "The same texts in one run: those rows of above that carry no fault but a duplicate, file in, kept rows out, each in its own process."
                  " Ratio: its seconds over ours. Precision counts planted paraphrases as right, so that a semantic tool is not blamed for its job.\n",
-                 "| tool | rows | seconds | rows/s | CPU seconds | peak, GiB | ratio | near: recall | exact | paraphrase | precision |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+                 "| tool | rows | seconds | rows/s | peak, GiB | ratio | near: recall | exact | paraphrase | precision |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         ours = {p["rows"]: p["seconds"] for p in peers if p["peer"] == "this project" and "seconds" in p}
         for p in peers:
             if "error" in p:
-                text.append(f"| {p['peer']} | {p['rows']:,} | {p['error']} | - | - | - | - | - | - | - | - |")
+                text.append(f"| {p['peer']} | {p['rows']:,} | {p['error']} | - | - | - | - | - | - | - |")
                 continue
             ratio = f"{p['seconds'] / ours[p['rows']]:.1f}" if p["rows"] in ours else "-"
             name = f"{p['peer'].split(',')[0]} {p['version']}{p['peer'][len(p['peer'].split(',')[0]) :]}".strip()
-            text.append(f"| {name} | {p['rows']:,} | {p['seconds']:.1f} | {p['rows_per_s']:,} | {p['cpu_s']:.1f} | {p['peak_gib']:.2f} | {ratio} | "
+            text.append(f"| {name} | {p['rows']:,} | {p['seconds']:.1f} | {p['rows_per_s']:,} | {p['peak_gib']:.2f} | {ratio} | "
                         f"{p['near duplicate']:.4f} | {p['exact duplicate']:.4f} | {p['paraphrase']:.4f} | {p['precision']:.4f} |")  # fmt: skip
         text += [
             "",
