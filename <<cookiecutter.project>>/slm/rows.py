@@ -142,7 +142,7 @@ def iter_rows(path: Path, **meta) -> Iterator[Row]:
             if not isinstance(record, dict):
                 raise ValueError("a line must be a JSON object")
             row = from_any(record, **meta)
-        except (ValueError, ValidationError, TypeError) as error:
+        except (ValueError, ValidationError, TypeError, RecursionError) as error:
             raise SlmError(f"{path}:{number}: {explain(error)}. Mend or remove that line.") from None
         yield row
 

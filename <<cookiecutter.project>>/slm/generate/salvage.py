@@ -29,6 +29,7 @@ def objects(text: str) -> tuple[list[dict], list[tuple[str, str]]]:
             cut_off = not following and not text[start:end].rstrip("\n `]").endswith("}")
             unread.append(("cut off" if cut_off else f"not JSON: {error}", text[start:end].rstrip()))
             at = end
+    unread += [("a row must be a JSON object", json.dumps(value)) for value in found if not isinstance(value, dict)]
     return [value for value in found if isinstance(value, dict)], unread
 
 
@@ -41,9 +42,10 @@ def rows_from(text: str, meta: dict, label=lambda answer: None) -> tuple[list[Ro
         unread.append(("an empty reply", text))
     for record in records:
         try:
+            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # NaN or half a surrogate pair: no row
             rows.append(_row(record, meta, label))
         except (ValueError, ValidationError, TypeError) as error:
-            unread.append((explain(error), json.dumps(record, ensure_ascii=False)))
+            unread.append((explain(error), json.dumps(record)))
     return rows, unread
 
 
