@@ -97,6 +97,10 @@ class Curate(Section):
     small_dataset: int = Field(1000, ge=0)  # below this the split is 70/15/15, from it on 80/10/10
     seed: int = 0
     include_seed_rows: bool = True
+    embedder: str = ""  # a model2vec model (folder or Hub id) for semantic duplicates and leakage; "": TF-IDF on small sets
+    embedding_duplicate: float = Field(0.95, gt=0, le=1)  # cosine similarity of its vectors
+    workers: int = Field(0, ge=0)  # processes; 0: one per core
+    ray: str = ""  # "": this machine; "auto" or an address: a Ray cluster
 
 
 class Train(Section):

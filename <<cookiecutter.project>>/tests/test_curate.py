@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict
 from slm import registry
 from slm.contract import Contract
 from slm.curate import curate, privacy, split_rows
-from slm.curate.accept import judge
 from slm.curate.coverage import coverage
+from slm.curate.engine import Job, Local, judge
+from slm.curate.gates import runs
 from slm.curate.leakage import leaks
-from slm.curate.read import Candidate, read_candidates
+from slm.curate.read import chunks, read_candidates
 from slm.curate.rubric import DIMENSIONS, accepts
+from slm.curate.text import words
 from slm.errors import SlmError
 from slm.rows import make_row, read_rows, write_json, write_rows
 from slm.settings import load_settings
@@ -63,11 +65,12 @@ def count(conversations):
     return [sum(len(m["content"].split()) for m in messages) for messages in conversations]
 
 
-def gates_of(tmp_path, rows, **options):
+def gates_of(tmp_path, rows, hidden=(), **options):
     """The gate that refused each row, or None."""
-    candidates = [Candidate("f", n, "", r) for n, r in enumerate(rows, 1)]
-    found, _, _ = judge(candidates, settings(tmp_path), CONTRACT, **options)
-    return [c.verdict and c.verdict.gate for c in found]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    secret = frozenset(run for text in hidden for run in runs(words(text)))
+    judged = judge(Local(Job(settings(tmp_path), CONTRACT, secret=secret, **options), list(chunks(file))))
+    return [(v := judged.verdicts.get(n)) and v.gate for n in range(len(rows))]
 
 
 def test_answers_that_break_the_contract_are_told_apart(tmp_path):
@@ -231,7 +234,9 @@ def project(tmp_path):
 def test_whole_run_loses_nothing_and_repeats_byte_for_byte(project):
     """Rows lost between reading and writing; a second run that gives another dataset."""
     result = curate(project, CONTRACT, [], count)
-    assert len(result.candidates) == 74 == len(result.accepted) + len(result.rejected)
+    assert result.read == 74 == result.kept + result.refused
+    assert len(list(result.accepted_rows())) == result.kept == len(result.lengths)
+    assert len(list(result.rejected_records())) == result.refused
     assert list(result.planted_faults()["result"]) == ["caught", "caught", "not in this run"]
     refused = [json.loads(line) for line in project.path("data/rejected/batch_001.jsonl").read_text().splitlines()]
     assert {"gate", "reason", "evidence", "file", "line"} <= refused[0].keys() and refused[-1]["raw"] == '{"cut off": '
@@ -254,7 +259,7 @@ def test_accepted_answers_are_canonical_and_the_record_is_complete(project):
     steps = [step["gate"] for step in record["gates"]]
     ten = {"json_validity", "schema_validity", "contract_validity", "leaked_instructions", "duplicates", "trivial",
            "coverage", "length", "label_consistency", "evaluation_leakage"}  # fmt: skip
-    assert ten <= set(steps) and record["gates"][-1]["out"] == len(result.accepted)
+    assert ten <= set(steps) and record["gates"][-1]["out"] == result.kept
     for one, two in zip(record["gates"], record["gates"][1:], strict=False):
         assert one["in"] - one["rejected"] == one["out"] == two["in"]
 
