@@ -175,11 +175,11 @@ def write_chunk(job: Job, chunk: Chunk, verdicts: dict[int, Verdict]) -> tuple[b
                 verdict.evidence["skeleton"] = skeleton(words(text_of(candidate.row)), job.names)
             bad.append(candidate.refuse(verdict).record())
             continue
-        row, value = candidate.row, job.answer(candidate.row.answer)[1]
-        last = row.messages[-1].model_copy(update={"content": job.contract.dump(value)})
-        label = job.contract.label(value)
-        meta = row.meta.model_copy(update={"category": label}) if label else row.meta
-        good.append(row.model_copy(update={"messages": [*row.messages[:-1], last], "meta": meta}).model_dump(exclude_none=True))
+        value = job.answer(candidate.row.answer)[1]
+        record = candidate.row.model_dump(exclude_none=True)
+        record["messages"][-1]["content"] = job.contract.dump(value)
+        record["meta"]["category"] = job.contract.label(value) or record["meta"]["category"]
+        good.append(record)
         metas[tuple((k, v) for k, v in good[-1]["meta"].items() if k not in ("provenance", "group"))] += 1
     return *("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode() for rows in (good, bad)), metas
 

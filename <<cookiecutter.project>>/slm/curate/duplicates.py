@@ -1,46 +1,50 @@
 """Which rows are alike, and the gates that judge a row by its neighbours: consistency (9), duplicates (5), templates (6)."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from slm.curate.read import Verdict
-from slm.curate.text import text_of, tfidf
+from slm.curate.text import _P, text_of, tfidf
 from slm.rows import Row
 
 WINDOW, CROWD = 8, 64  # in a bucket a row is compared with so many before it; in a crowd with the first one only
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # first < second, similarity
+# What is known of a row: hashes of words, skeleton (0: none) and answer; `spared` is what a person accepted.
+ROW = np.dtype([("text", "u8"), ("shape", "u8"), ("value", "u8"), ("tokens", "i4"), ("near_miss", "?"), ("trusted", "?"), ("spared", "?")])
 
 
 @dataclass
 class Table:
-    """What is known of n rows in order, as arrays: their places in the run, hashes of words, skeleton (0: none) and
-    answer, and who they are. `late` are the verdicts of gate 6 on single rows."""
+    """n rows in order (dtype ROW), their ids, whom some differ from on purpose (provenance.contrast_of), and the
+    verdicts of gate 6 on single rows, which wait for the gates before it."""
 
-    place: np.ndarray
-    text: np.ndarray
-    shape: np.ndarray
-    value: np.ndarray
-    near_miss: np.ndarray
-    trusted: np.ndarray
-    exempt: np.ndarray  # accepted by a person
+    rows: np.ndarray
     ids: list[str]
     contrast: dict[int, str] = field(default_factory=dict)
     late: dict[int, Verdict] = field(default_factory=dict)
 
-    def first_of(self, *keys: np.ndarray) -> np.ndarray:
-        """For each row the first with equal keys."""
-        mixed = keys[0].copy()
-        for key in keys[1:]:
-            mixed = mixed * np.uint64(0x9E3779B97F4A7C15) ^ key
-        _, first, inverse = np.unique(mixed, return_index=True, return_inverse=True)
-        return first[inverse]
+    @cached_property
+    def firsts(self) -> np.ndarray:
+        """For each row the first with the same words and answer; what a person accepted stands for itself."""
+        own = np.where(self.rows["spared"], np.arange(1, len(self.rows) + 1), 0).astype(np.uint64)
+        return _first((self.rows["text"] * _P ^ self.rows["value"]) * _P + own)
+
+    @property
+    def distinct(self) -> np.ndarray:
+        """The rows that repeat no earlier row's words and answer: only these are compared."""
+        return np.flatnonzero(self.firsts == np.arange(len(self.rows)))
 
     def contrasted(self, a: int, b: int) -> bool:
-        """Whether one says that it differs from the other on purpose (provenance.contrast_of)."""
+        """Whether one says that it differs from the other on purpose."""
         return bool(self.contrast) and (self.contrast.get(a) == self.ids[b] or self.contrast.get(b) == self.ids[a])
+
+
+def _first(keys: np.ndarray) -> np.ndarray:
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse]
 
 
 def bucket_pairs(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,13 +130,13 @@ def _earliest(first: np.ndarray, second: np.ndarray, similarity: np.ndarray) -> 
 
 
 def join(table: Table, near: Edges, semantic: Edges) -> list[tuple[int, int, str, float]]:
-    """All pairs in the order of (second, first), each with the measure that found it first. Rows with the same words
-    are paired with the first of them."""
-    heads = table.first_of(table.text)
-    own = np.flatnonzero((heads != np.arange(len(heads))) & (table.first_of(table.text, table.value) == np.arange(len(heads))))
-    best = {(int(heads[n]), int(n)): ("exact", 1.0) for n in own}
+    """All pairs of distinct rows in the order of (second, first), each with the measure that found it first. Rows with
+    the same words are paired with the first of them."""
+    text, own = table.rows["text"], table.distinct
+    heads = _first(text)[own]
+    best = {(a, b): ("exact", 1.0) for a, b in zip(heads.tolist(), own.tolist(), strict=True) if a != b}
     for measure, (a, b, similarity) in (("jaccard", near), ("cosine", semantic)):
-        other = table.text[a] != table.text[b]
+        other = text[a] != text[b]
         for first, second, value in zip(a[other].tolist(), b[other].tolist(), similarity[other].tolist(), strict=True):
             best.setdefault((first, second), (measure, round(value, 3)))
     return [(a, b, *best[a, b]) for a, b in sorted(best, key=lambda pair: (pair[1], pair[0]))]
@@ -141,73 +145,51 @@ def join(table: Table, near: Edges, semantic: Edges) -> list[tuple[int, int, str
 def decide(table: Table, edges: list, contradiction: float, near: float, fetch: Callable) -> dict[int, Verdict]:
     """The verdicts of gates 9, 5 and 6, by row number: a function of the rows' order and their pairs alone, whoever
     found them. `fetch(n)` gives the row and the value of row n."""
-    firsts = table.first_of(table.text, table.value)
-    copies = defaultdict(list)  # of each first row with these words and this answer, the others
-    for n in np.flatnonzero(firsts != np.arange(len(firsts))).tolist():
-        copies[int(firsts[n])].append(n)
-    verdicts = contradictions(table, edges, contradiction, copies, fetch)
-    duplicates(table, edges, near, firsts, verdicts)
-    seen: dict[int, int] = {}
-    for n, shape in enumerate(table.shape.tolist()):
+    verdicts = contradictions(table, edges, contradiction, fetch)
+    duplicates(table, [e for e in edges if e[2] != "jaccard" or e[3] >= near], verdicts)
+    text, spared, seen = table.rows["text"], table.rows["spared"], {}
+    for n, shape in enumerate(table.rows["shape"].tolist()):
         if n in verdicts:
             continue
         if n in table.late:
             verdicts[n] = table.late[n]
-        elif shape and (twin := seen.setdefault(shape, n)) != n and table.text[twin] != table.text[n] and not table.exempt[n]:
+        elif shape and (twin := seen.setdefault(shape, n)) != n and text[twin] != text[n] and not spared[n]:
             reason = "the same sentence with other numbers or names"
             verdicts[n] = Verdict("trivial", reason, {"twin": table.ids[twin], "skeleton": ""})
     return verdicts
 
 
-def contradictions(table: Table, edges: list, threshold: float, copies: dict, fetch: Callable) -> dict[int, Verdict]:
+def contradictions(table: Table, edges: list, threshold: float, fetch: Callable) -> dict[int, Verdict]:
     """Gate 9: alike messages with answers that differ, other than by what each copied from its own message. A trusted
-    row (seed rows, human rows) wins over another; else both go, for neither can be believed."""
+    row (seed rows, human rows, and what a person accepted) wins over another; else both go, for neither can be
+    believed. A contrast made on purpose says so: provenance.contrast_of names its twin."""
     verdicts: dict[int, Verdict] = {}
-    sure = {n for n in np.flatnonzero(table.trusted).tolist()}
-    settled = set()
+    value, sure = table.rows["value"], table.rows["trusted"] | table.rows["spared"]
+    np.logical_or.at(sure, table.firsts, sure.copy())  # words and answer of a trusted row can be trusted
     for a, b, measure, similarity in edges:
-        alike = similarity < threshold or table.value[a] == table.value[b] or (a in settled and b in settled)
+        alike = similarity < threshold or value[a] == value[b] or (a in verdicts and b in verdicts)
         if alike or table.contrasted(a, b) or (name := differing(*fetch(a), *fetch(b))) is None:
             continue
         for mine, other in ((a, b), (b, a)):
-            beaten = any(n in sure for n in (other, *copies.get(other, ())))
-            evidence = {"twin": table.ids[other], "measure": measure, "similarity": similarity, "field": name}
-            for n in (mine, *copies.get(mine, ())) if mine not in settled else ():
-                if not table.exempt[n] and (beaten or n not in sure):
-                    reason = f"a like message is answered differently in {name}"
-                    verdicts.setdefault(n, Verdict("label_consistency", reason, evidence))
-            if beaten or not any(n in sure for n in (mine, *copies.get(mine, ()))):
-                settled.add(mine)
+            if not table.rows["spared"][mine] and (sure[other] or not sure[mine]):
+                evidence = {"twin": table.ids[other], "measure": measure, "similarity": similarity, "field": name}
+                reason = f"a like message is answered differently in {name}"
+                verdicts.setdefault(mine, Verdict("label_consistency", reason, evidence))
     return verdicts
 
 
-def duplicates(table: Table, edges: list, near: float, firsts: np.ndarray, verdicts: dict[int, Verdict]) -> None:
+def duplicates(table: Table, edges: list, verdicts: dict[int, Verdict]) -> None:
     """Gate 5, into `verdicts`: of alike rows the first stays. Near-miss rows (and marked contrasts) with another answer
-    than their twin stay: the contrast is what they teach."""
+    than their twin stay: the contrast is what they teach. What repeats words and answer goes even if the first is gone."""
     words = {"exact": "the same message", "jaccard": "nearly the same message", "cosine": "the same meaning"}
-    before = defaultdict(list)
-    for a, b, measure, similarity in edges:
-        if measure != "jaccard" or similarity >= near:
-            before[b].append((a, measure, similarity))
-    kept: dict[int, int] = {}  # of rows with the same words and answer, the one that stays
-    for n in sorted({*before, *np.flatnonzero(firsts != np.arange(len(firsts))).tolist()}):
-        first = int(firsts[n])
-        if n in verdicts or table.exempt[n]:
+    copies = np.flatnonzero(table.firsts != np.arange(len(table.rows))).tolist()
+    value, near_miss, spared = (table.rows[name] for name in ("value", "near_miss", "spared"))
+    for a, b, measure, similarity in [*((int(table.firsts[n]), n, "exact", 1.0) for n in copies), *edges]:
+        if b in verdicts or spared[b] or (a in verdicts and table.firsts[b] != a) or table.contrasted(a, b):
             continue
-        if first != n and first in verdicts and verdicts[first].gate == "duplicates":
-            verdicts[n] = verdicts[first]
-            continue
-        around = before[n]
-        if first != n:
-            leader = kept.setdefault(first, first if first not in verdicts else n)
-            around = [(leader, "exact", 1.0)] if leader != n else []
-        for twin, measure, similarity in around:
-            spared = measure != "exact" and (table.near_miss[n] or table.near_miss[twin]) and table.value[n] != table.value[twin]
-            if twin in verdicts or spared or table.contrasted(twin, n):
-                continue
-            evidence = {"twin": table.ids[twin], "measure": measure, "similarity": similarity}
-            verdicts[n] = Verdict("duplicates", f"{words[measure]} as {table.ids[twin]}", evidence)
-            break
+        if measure == "exact" or value[a] == value[b] or not (near_miss[a] or near_miss[b]):
+            evidence = {"twin": table.ids[a], "measure": measure, "similarity": similarity}
+            verdicts[b] = Verdict("duplicates", f"{words[measure]} as {table.ids[a]}", evidence)
 
 
 def differing(a: Row, left: dict, b: Row, right: dict) -> str | None:

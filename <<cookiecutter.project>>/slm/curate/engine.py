@@ -1,6 +1,7 @@
 """The gates over chunks of lines in all processes of a machine: rows are judged where they are read, and only their
 sketches come together, to be compared."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -64,25 +65,22 @@ class Job:
             if len(self.answers) > 200_000:
                 self.answers.clear()
             verdict, value = gates.read_answer(text, self.contract)
-            self.answers[text] = verdict, value, hash64(json.dumps(value, sort_keys=True)) if verdict is None else 0
+            self.answers[text] = verdict, value, hash64(json.dumps(value, sort_keys=True, default=str)) if verdict is None else 0
         return self.answers[text]
 
 
 @dataclass
 class Part:
-    """A chunk, judged: of every line its id, line number and offset, the verdicts so far, and of the lines `rows` that
-    passed what later gates need. `late` are verdicts that wait for the gates before them."""
+    """A chunk, judged: of every line its id and where it stands, the verdicts so far, and of the lines that `passed`
+    what later gates need (see duplicates.Table)."""
 
     ids: list[str | None]
-    lines: np.ndarray
-    offsets: np.ndarray
+    lines: np.ndarray  # (number, offset)
     verdicts: dict[int, Verdict]
     late: dict[int, Verdict]
     contrast: dict[int, str]
-    rows: np.ndarray
-    value: np.ndarray
-    flags: np.ndarray  # near miss, trusted, exempt
-    tokens: np.ndarray
+    passed: np.ndarray
+    rows: np.ndarray  # dtype ROW
     sketch: Sketch
     bands: np.ndarray | None
     vectors: np.ndarray | None
@@ -140,19 +138,14 @@ def judge_chunk(job: Job, chunk: Chunk) -> Part:
         verdicts |= {n: job.known.verdict(hit) for n, hit in zip(passed, hits, strict=True) if hit}
     trivial = gates.trivial(rows(passed), [said[n] for n in passed], cfg.min_words)
     late = {n: v for n, v in zip(passed, trivial, strict=True) if v and n not in exempt}
-    short = [n in late or len(said[n]) < 6 for n in passed]
-    made.shape[short] = 0
-    contrast = {n: other for n in passed if (other := found[n].row.meta.provenance.get("contrast_of"))}
-    flags = [
-        ((row := found[n].row).meta.kind == "near_miss", row.meta.source == "human" or chunk.name in job.trusted, n in exempt)
-        for n in passed
-    ]
+    known = [(
+        made.text[i], 0 if n in late or len(said[n]) < 6 else made.shape[i], hashes[n], tokens.get(n, 0), (meta := found[n].row.meta).kind
+        == "near_miss", meta.source == "human" or chunk.name in job.trusted, n in exempt) for i, n in enumerate(passed)]  # fmt: skip
     return Part(
-        [c.row and c.row.id for c in found], np.array([c.line for c in found], np.int64),
-        np.array([c.offset for c in found], np.int64), verdicts, late, contrast, np.array(passed, np.int64),
-        np.array([hashes[n] for n in passed], np.uint64), np.array(flags, bool).reshape(-1, 3),
-        np.array([tokens.get(n, 0) for n in passed], np.int32), made,
-        band_keys(made, min(cfg.near_duplicate, cfg.contradiction)), None if vectors is None else vectors.astype(np.float16),
+        [c.row and c.row.id for c in found], np.array([(c.line, c.offset) for c in found], np.int64).reshape(-1, 2), verdicts, late,
+        {n: other for n in passed if (other := found[n].row.meta.provenance.get("contrast_of"))}, np.array(passed, np.int64),
+        np.array(known, duplicates.ROW), made, band_keys(made, min(cfg.near_duplicate, cfg.contradiction)),
+        None if vectors is None else vectors.astype(np.float16),
     )  # fmt: skip
 
 
@@ -162,8 +155,9 @@ class Local:
 
     def __init__(self, job: Job, chunks: list[Chunk]):
         self.job, self.chunks, self.parts = job, chunks, []
-        workers = job.settings.curate.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        self.workers = min(workers, len(chunks)) if "fork" in multiprocessing.get_all_start_methods() else 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        little = sum(chunk.size for chunk in chunks) < 4_000_000 or "fork" not in multiprocessing.get_all_start_methods()
+        self.workers = job.settings.curate.workers or (1 if little else min(cores, len(chunks)))
 
     def map(self, work: Callable, *arguments: Iterable) -> Iterator:
         """work(job, *one of each argument), in order."""
@@ -214,70 +208,62 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
     parts = machine.judge()
     starts = [0, *np.cumsum([len(p.ids) for p in parts]).tolist()]
     ids = [i for p in parts for i in p.ids]
-    verdicts = {s + n: v for s, p in zip(starts, parts, strict=False) for n, v in p.verdicts.items()}
+
+    def at(place: int) -> Chunk:
+        c = bisect_right(starts, place) - 1
+        chunk, (number, offset) = chunks[c], parts[c].lines[place - starts[c]].tolist()
+        after = parts[c].lines[place - starts[c] + 1 :][:1, 1].tolist() or [chunk.offset + chunk.size]
+        return replace(chunk, offset=offset, size=after[0] - offset, line=number)
 
     @lru_cache(10_000)
     def fetch(place: int) -> tuple[Row, dict]:
-        c = bisect_right(starts, place) - 1
-        chunk, part, n = chunks[c], parts[c], place - starts[c]
-        ends = [*part.offsets[n + 1 : n + 2].tolist(), chunk.offset + chunk.size]
-        line = replace(chunk, offset=int(part.offsets[n]), size=ends[0] - int(part.offsets[n]), line=int(part.lines[n]))
-        row = job.read(line)[0].row
+        row = job.read(at(place))[0].row
         return row, job.answer(row.answer)[1]
 
-    first: dict[str, int] = {}
+    def gather(get: Callable) -> dict:
+        return {s + n: v for s, part in zip(starts, parts, strict=False) for n, v in get(part).items()}
+
+    verdicts, first = gather(lambda part: part.verdicts), {}
     for place, known in enumerate(ids):
         if known is None or (other := first.setdefault(known, place)) == place:
             continue
         early = place in verdicts and verdicts[place].gate in (*READING, "human_review")
         if not early and fetch(other)[0].messages != fetch(place)[0].messages:
-            c = bisect_right(starts, other) - 1
-            where = f"{chunks[c].name}:{parts[c].lines[other - starts[c]]}"
+            where = f"{at(other).name}:{at(other).line}"
             verdicts[place] = Verdict("schema_validity", f"its id is already that of {where}", {"id": known})
 
-    places = np.concatenate([s + p.rows for s, p in zip(starts, parts, strict=False)] or [np.zeros(0, np.int64)])
-    alive = ~np.isin(places, np.fromiter(verdicts, np.int64, len(verdicts)))
+    places = np.concatenate([s + p.passed for s, p in zip(starts, parts, strict=False)] or [np.zeros(0, np.int64)])
+    facts = np.concatenate([p.rows for p in parts] or [np.zeros(0, duplicates.ROW)])
     vectors = [p.vectors for p in parts if p.vectors is not None]
-    texts, note = {}, "" if cfg.embedder or alive.sum() <= SMALL else NOT_RUN
-    if not cfg.embedder and not note:
-        texts = {n: text_of(fetch(place)[0]) for n, place in enumerate(places.tolist()) if alive[n]}
-        if job.known:
-            for (n, _), (hit, cosine) in zip(texts.items(), leakage.paraphrases(list(texts.values()), job.known), strict=True):
-                if cosine >= cfg.semantic_duplicate:
-                    verdicts[int(places[n])] = job.known.verdict((hit, "cosine", cosine))
-                    alive[n] = False
-    flags = np.concatenate([p.flags for p in parts]) if parts else np.zeros((0, 3), bool)
+    alive = ~np.isin(places, np.fromiter(verdicts, np.int64, len(verdicts)))
+    small = not cfg.embedder and alive.sum() <= SMALL
+    texts = {n: text_of(fetch(int(places[n]))[0]) for n in np.flatnonzero(alive).tolist()} if small else {}
+    close = leakage.paraphrases(list(texts.values()), job.known) if texts and job.known else ()
+    for n, (hit, cosine) in zip(texts, close, strict=False):
+        if cosine >= cfg.semantic_duplicate:
+            verdicts[int(places[n])], alive[n] = job.known.verdict((hit, "cosine", cosine)), False
     for begin in range(0, len(places) if extra else 0, 2000):
         for name, function in extra:
-            order = [n for n in range(begin, min(begin + 2000, len(places))) if alive[n] and not flags[n, 2]]
-            rows, values = zip(*(fetch(int(places[n])) for n in order), strict=True) if order else ((), ())
-            for n, verdict in zip(order, function(list(rows), list(values)), strict=True):
+            order = [n for n in range(begin, min(begin + 2000, len(places))) if alive[n] and not facts["spared"][n]]
+            found = [fetch(int(places[n])) for n in order]
+            for n, verdict in zip(order, function([row for row, _ in found], [value for _, value in found]), strict=True):
                 if verdict:
                     verdicts[int(places[n])], alive[n] = replace(verdict, gate=name), False
 
     rows = np.flatnonzero(alive)
-    whole = [np.concatenate([get(p) for p in parts] or [np.zeros(0, np.uint64)]) for get in (
-        lambda p: p.sketch.text, lambda p: p.sketch.shape, lambda p: p.value, lambda p: p.tokens)]  # fmt: skip
-    text, shape, value = (array[rows] for array in whole[:3])
-    late, contrast = ({s + n: v for s, p in zip(starts, parts, strict=False) for n, v in get(p).items()} for get in (
-        lambda p: p.late, lambda p: p.contrast))  # fmt: skip
-    at = {int(place): n for n, place in enumerate(places[rows])} if late or contrast else {}
-    table = duplicates.Table(
-        places[rows], text, shape, value, *flags[rows].T, [ids[place] for place in places[rows].tolist()],
-        {at[p]: v for p, v in contrast.items() if p in at}, {at[p]: v for p, v in late.items() if p in at},
-    )  # fmt: skip
-    reps = np.flatnonzero(table.first_of(text, value) == np.arange(len(rows)))
-    bounds = np.cumsum([0, *(len(p.rows) for p in parts)])
-    cuts = np.searchsorted(rows[reps], bounds)
-    kept = [rows[reps[a:b]] - bound for a, b, bound in zip(cuts, cuts[1:], bounds, strict=False)]
-    near = machine.near(kept, min(cfg.near_duplicate, cfg.contradiction))
-    near = (reps[near[0]], reps[near[1]], near[2])
+    place_of = places[rows].tolist()
+    number = {place: n for n, place in enumerate(place_of)}
+    contrast, late = ({number[p]: v for p, v in gather(get).items() if p in number} for get in (lambda p: p.contrast, lambda p: p.late))
+    table = duplicates.Table(facts[rows], [ids[place] for place in place_of], contrast, late)
+    own = table.distinct
+    bounds = np.cumsum([0, *(len(p.passed) for p in parts)])
+    cuts = np.searchsorted(rows[own], bounds)
+    near = machine.near([rows[own[a:b]] - s for a, b, s in zip(cuts, cuts[1:], bounds, strict=False)], min(cfg.near_duplicate, cfg.contradiction))
     if vectors:
-        semantic = duplicates.vector_edges(np.concatenate(vectors)[rows], reps, cfg.embedding_duplicate)
+        semantic = duplicates.vector_edges(np.concatenate(vectors)[rows], own, cfg.embedding_duplicate)
     else:
-        semantic = duplicates.cosine_edges([texts[n] for n in rows.tolist()] if texts else [], reps[: 0 if note else None], cfg.semantic_duplicate)
-    edges = duplicates.join(table, near, semantic)
-    place_of = table.place.tolist()
+        semantic = duplicates.cosine_edges([texts[n] for n in rows.tolist()] if small else [], own if small else own[:0], cfg.semantic_duplicate)
+    edges = duplicates.join(table, (own[near[0]], own[near[1]], near[2]), semantic)
     decided = duplicates.decide(table, edges, cfg.contradiction, cfg.near_duplicate, lambda n: fetch(place_of[n]))
     verdicts |= {place_of[n]: verdict for n, verdict in decided.items()}
 
@@ -287,10 +273,11 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
     steps, left = [], len(ids)
     for name in dict.fromkeys([*order, *(name for name, _ in extra), "label_consistency", "duplicates", "trivial"]):
         steps.append({"gate": name, "in": left, "rejected": lost[name], "out": left - lost[name]})
-        steps[-1] |= {"note": note} if note and name in ("duplicates", "evaluation_leakage") else {}
+        if not (small or vectors) and len(rows) and name in ("duplicates", "evaluation_leakage"):
+            steps[-1]["note"] = NOT_RUN
         left -= lost[name]
-    tokens = whole[3][~np.isin(places, np.fromiter(verdicts, np.int64, len(verdicts)))]
-    return Judged(ids, starts, verdicts, steps, tokens, np.array([e[3] for e in edges]), [e[2] for e in edges])
+    kept = ~np.isin(places, np.fromiter(verdicts, np.int64, len(verdicts)))
+    return Judged(ids, starts, verdicts, steps, facts["tokens"][kept], np.array([e[3] for e in edges]), [e[2] for e in edges])
 
 
 def _enums(node) -> list:
@@ -317,6 +304,7 @@ _JOB: Job | None = None
 
 def _alone() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.set_threshold(100_000)  # rows by the thousand hold no cycles: looking for them costs more than reading
 
 
 def _forked(work: Callable, *arguments):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 from slm.curate.read import Verdict
 from slm.curate.text import text_of, words
@@ -18,7 +19,9 @@ _LEAK_ANY = re.compile(
     r"|(here (is|are)|here's) (a|an|another|the|your|\d+)\b[^.\n]{0,40}\b(example|row|sample|jsonl)s?\b"
     r"|(near.?miss|schema.?repair|adversarial|boundary|canonical) (case|example|row)|(category|difficulty|kind)\s*[:= ]\s*"
     r"(easy|medium|hard|canonical|boundary|negative|adversarial|near.?miss|schema.?repair)|generation (prompt|instructions)"
-    r"|per the (rubric|instructions|prompt|schema)|(scoring|grading|quality) rubric"
+    r"|per the (rubric|instructions|prompt|schema)|according to the (rubric|prompt|schema)|(scoring|grading|quality) rubric"
+    r"|synthetic (customer |user |support )?(message|request|ticket|input)|generated (message|example|row|request|ticket) (no\b|#|\d)"
+    r"|the following (message|text|input|request|ticket) (should|must|is to) be (labell?ed|classified|categori[sz]ed|tagged)"
     r"|(a|an|writing) (realistic|diverse|production-like) (request|message|example|input|row)|output contract)",
     re.IGNORECASE,
 )  # fmt: skip
@@ -29,7 +32,8 @@ _LEAK_ANSWER = re.compile(
 _LEAK_HINTS = (
     "as an ai", "synthetic ", "training ", "tuning ", "teacher model", "student model", "example", "row ", "sample", "rows",
     "jsonl", "miss", "repair", "adversarial", "boundary", "canonical", "category", "difficulty", "kind", "generation ",
-    "per the ", "rubric", "realistic", "diverse", "production-like", "output contract",
+    "per the ", "rubric", "realistic", "diverse", "production-like", "output contract", "according to the ", "generated ",
+    "the following ",
 )  # fmt: skip
 _PLACEHOLDER = re.compile(
     r"\{\{?\s*\w+\s*\}?\}|\[(your |customer |company |product )?(name|company|date|number|email|order id|product)\]"
@@ -59,13 +63,15 @@ def read_answer(answer: str, contract) -> tuple[Verdict | None, dict | None]:
 def leaked(rows: list[Row], said: list[list[str]], secret: frozenset[str] = frozenset()) -> Verdicts:
     """Gate 4: no trace of the making, nor a run of seven words that stands in `secret` (see runs()). `said` are the
     words of the rows' messages."""
-    verdicts = []
+    verdicts, known = [], {word for run in secret for word in run.split()}
     for row, found in zip(rows, said, strict=True):
         user, answer = text_of(row), row.answer
-        hit = _speaks(user) or _speaks(answer) or _LEAK_ANSWER.search(answer)
-        phrase = hit.group(0) if hit else None
-        if secret and not hit:
-            phrase = next((run for run in runs([*found, *words(answer)]) if run in secret), None)
+        phrase, streak = _speaks(user) or _answer_speaks(answer), 0
+        for n, word in enumerate([*found, *words(answer)] if secret and not phrase else ()):
+            streak = streak + 1 if word in known else 0
+            if streak >= 7 and (run := " ".join([*found, *words(answer)][n - 6 : n + 1])) in secret:
+                phrase = run
+                break
         where = "answer" if phrase and phrase.lower() in answer.lower() else "message"
         reason = f"the {where} speaks of its own making"
         verdicts.append(phrase and Verdict("leaked_instructions", reason, {"phrase": phrase, "in": where}))
@@ -117,6 +123,13 @@ def checked(rows: list[Row], values: list[dict], checks: list[Callable]) -> Verd
     return verdicts
 
 
-def _speaks(text: str) -> re.Match | None:
+def _speaks(text: str) -> str | None:
     low = text.lower()
-    return _LEAK_ANY.search(text) if not text.isascii() or any(hint in low for hint in _LEAK_HINTS) else None
+    hit = _LEAK_ANY.search(text) if not text.isascii() or any(hint in low for hint in _LEAK_HINTS) else None
+    return hit and hit.group(0)
+
+
+@lru_cache(100_000)
+def _answer_speaks(answer: str) -> str | None:
+    hit = _LEAK_ANSWER.search(answer)
+    return _speaks(answer) or (hit and hit.group(0))

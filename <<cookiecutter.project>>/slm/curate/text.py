@@ -32,12 +32,11 @@ def skeleton(found: list[str], names: frozenset[str] = frozenset()) -> str:
     return " ".join(_mask(word, names) for word in found)
 
 
-@lru_cache(500_000)
 def _mask(word: str, names: frozenset[str]) -> str:
     return "#" if any(c.isdigit() for c in word) else "@" if word in names else word
 
 
-@lru_cache(500_000)
+@lru_cache(200_000)
 def hash64(text: str) -> int:
     """The same 64 bits for the same text in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
@@ -69,15 +68,18 @@ def sketch(found: list[list[str]], names: frozenset[str] = frozenset()) -> Sketc
     begins = ends - sizes
     row, size = np.repeat(np.arange(len(found)), sizes), np.repeat(sizes, sizes)
     place = np.arange(total) - np.repeat(begins, sizes)
-    plain = np.fromiter((hash64(w) for each in found for w in each), np.uint64, total)
-    masked = np.fromiter((hash64(_mask(w, names)) for each in found for w in each), np.uint64, total)
+    number: dict[str, int] = {}  # of each distinct word
+    code = np.fromiter((number.setdefault(w, len(number)) for each in found for w in each), np.int64, total)
+    plain = np.fromiter(map(hash64, number), np.uint64, len(number))[code]
+    masked = np.fromiter((hash64(_mask(w, names)) for w in number), np.uint64, len(number))[code]
     powers = np.cumprod(np.full(int(sizes.max(initial=1)), _P))[place]
     run = plain * _P
     for step in (1, 2):
         there = np.flatnonzero(place + step < size)
         run[there] = (run[there] + plain[there + step]) * (_P + np.uint64(2 * step))
     use = place <= np.maximum(size - 3, 0)
-    keys = np.unique((row[use].astype(np.uint64) << np.uint64(30)) | (run[use] >> np.uint64(34)))
+    keys = np.sort((row[use].astype(np.uint64) << np.uint64(30)) | (run[use] >> np.uint64(34)))
+    keys = keys[np.concatenate((np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]))]
     counts = np.bincount((keys >> np.uint64(30)).astype(np.int64), minlength=len(found))
     starts = np.concatenate(([0], np.cumsum(counts)))
     text, shape = (np.add.reduceat(values * powers, begins) if total else values for values in (plain, masked))

@@ -41,13 +41,13 @@ def dedupe(settings, path: Path, against: Path | None = None) -> tuple[list[Row]
     made = sketch([words(text) for text in texts])
     bands = ((number, keys) for keys in band_keys(made, cfg.near_duplicate).T)
     near = duplicates.near_edges(bands, number, made.matrix(), cfg.near_duplicate)
-    none, value = np.zeros(len(every), bool), np.array([hash64(row.answer) for row in every], np.uint64)
-    near_miss, ids = np.array([row.meta.kind == "near_miss" for row in every], bool), [row.id for row in every]
+    facts = np.zeros(len(every), duplicates.ROW)
+    facts["text"], facts["value"] = made.text, [hash64(row.answer) for row in every]
+    facts["near_miss"], facts["spared"] = [row.meta.kind == "near_miss" for row in every], number < len(known)
     contrast = {n: row.meta.provenance["contrast_of"] for n, row in enumerate(every) if "contrast_of" in row.meta.provenance}
-    table = duplicates.Table(number, made.text, none, value, near_miss, none, number < len(known), ids, contrast)
-    edges = duplicates.join(table, near, duplicates.cosine_edges(texts, number, cfg.semantic_duplicate))
+    table = duplicates.Table(facts, [row.id for row in every], contrast)
     verdicts: dict[int, Verdict] = {}
-    duplicates.duplicates(table, edges, cfg.near_duplicate, table.first_of(made.text, value), verdicts)
+    duplicates.duplicates(table, duplicates.join(table, near, duplicates.cosine_edges(texts, number, cfg.semantic_duplicate)), verdicts)
     kept = [row for n, row in enumerate(rows, len(known)) if n not in verdicts]
     return kept, [(every[n], verdicts[n]) for n in sorted(verdicts)]
 
