@@ -105,6 +105,10 @@ class Curate(Section):
     split_by: Literal["group", "cluster"] = "group"  # cluster: whole clusters of like messages on one side
     seed: int = 0
     include_seed_rows: bool = True
+    embedder: str = ""  # a model2vec model (folder or Hub id) for likeness of meaning; "": TF-IDF, on small sets
+    embedding_duplicate: float = Field(0.95, gt=0, le=1)  # cosine similarity of its vectors
+    workers: int = Field(0, ge=0)  # processes; 0: one per core
+    ray: str = ""  # "": this machine; "auto" or an address: a Ray cluster
     # Optional gates and the review queue; nothing here is on by default but the queue.
     patterns: dict[str, str] = {}  # output field (or "answer", the whole text) -> regex that it must match in full
     judge: Endpoint = Endpoint()  # on as soon as url and model are set
@@ -116,7 +120,6 @@ class Curate(Section):
     review_sample: int = Field(40, ge=0)  # rows drawn at random into the queue, so that kappa is measured fairly
     review_most: int = Field(50, ge=1)  # rows queued for each reason at most
     cluster_share: float = Field(0.3, gt=0, le=1)  # a cluster with more of the rows than this is warned of
-    embedder: str = ""  # model2vec folder or Hub id for clusters; "" = TF-IDF
     privacy: Literal["patterns", "presidio"] = "patterns"  # presidio: names and numbers by a language model too
     spacy_models: dict[str, str] = {"en": "en_core_web_sm"}  # language -> installed spaCy model, for presidio
 

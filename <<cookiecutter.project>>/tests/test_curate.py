@@ -14,10 +14,13 @@ from pydantic import BaseModel, ConfigDict
 from slm import registry
 from slm.contract import Contract
 from slm.curate import curate, privacy
-from slm.curate.accept import judge
+from slm.curate.decisions import Decision, decide
+from slm.curate.engine import Job, Local, judge
+from slm.curate.gates import runs
 from slm.curate.leakage import leaks
-from slm.curate.read import Candidate, read_candidates
+from slm.curate.read import Verdict, chunks, read_candidates
 from slm.curate.rubric import DIMENSIONS, accepts
+from slm.curate.text import words
 from slm.errors import SlmError
 from slm.rows import make_row, read_rows, write_json, write_rows
 from slm.settings import load_settings
@@ -62,11 +65,12 @@ def count(conversations):
     return [sum(len(m["content"].split()) for m in messages) for messages in conversations]
 
 
-def gates_of(tmp_path, rows, **options):
+def gates_of(tmp_path, rows, hidden=(), **options):
     """The gate that refused each row, or None."""
-    candidates = [Candidate("f", n, "", r) for n, r in enumerate(rows, 1)]
-    found, _, _ = judge(candidates, settings(tmp_path), CONTRACT, **options)
-    return [c.verdict and c.verdict.gate for c in found]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    secret = frozenset(run for text in hidden for run in runs(words(text)))
+    judged = judge(Local(Job(settings(tmp_path), CONTRACT, secret=secret, **options), list(chunks(file))))
+    return [(v := judged.verdicts.get(n)) and v.gate for n in range(len(rows))]
 
 
 def test_answers_that_break_the_contract_are_told_apart(tmp_path):
@@ -224,7 +228,9 @@ def project(tmp_path):
 def test_whole_run_loses_nothing_and_repeats_byte_for_byte(project):
     """Rows lost between reading and writing; a second run that gives another dataset."""
     result = curate(project, CONTRACT, [], count)
-    assert len(result.candidates) == 74 == len(result.accepted) + len(result.rejected)
+    assert result.read == 74 == result.kept + result.refused
+    assert len(list(result.accepted_rows())) == result.kept == len(result.lengths)
+    assert len(list(result.rejected_records())) == result.refused
     assert list(result.planted_faults()["result"]) == ["caught", "caught", "not in this run"]
     refused = [json.loads(line) for line in project.path("data/rejected/batch_001.jsonl").read_text().splitlines()]
     assert {"gate", "reason", "evidence", "file", "line"} <= refused[0].keys() and refused[-1]["raw"] == '{"cut off": '
@@ -247,7 +253,7 @@ def test_accepted_answers_are_canonical_and_the_record_is_complete(project):
     steps = [step["gate"] for step in record["gates"]]
     ten = {"json_validity", "schema_validity", "contract_validity", "leaked_instructions", "duplicates", "trivial",
            "coverage", "length", "label_consistency", "evaluation_leakage"}  # fmt: skip
-    assert ten <= set(steps) and record["gates"][-1]["out"] == len(result.accepted)
+    assert ten <= set(steps) and record["gates"][-1]["out"] == result.kept
     for one, two in zip(record["gates"], record["gates"][1:], strict=False):
         assert one["in"] - one["rejected"] == one["out"] == two["in"]
 
@@ -267,6 +273,119 @@ def test_rows_whose_batch_is_gone_are_not_forgotten(project):
     write_rows(path, [*read_rows(path), own])
     curate(project, CONTRACT, [], count)
     assert "mine" in project.path("data/rejected/removed.jsonl").read_text()
+
+
+def test_decisions_of_people_hold_and_never_open_the_hard_gates(project):
+    """A refused row that comes back, or a person's yes that lets a row into training that no yes can mend."""
+    lines = project.path("data/generated/batch_001.jsonl").read_text().splitlines()[:-1]
+    rows = [json.loads(line) for line in lines]
+    twin, broken, leak = row(rows[5]["messages"][0]["content"], good("bug"), id="twin"), "p1", "p2"
+    write_rows(project.path("data/generated/batch_002.jsonl"), [twin, row("hm", id="short"), row(message(900), "no json", id="mend")])
+    for id, decision, answer in (("twin", "accept", None), ("short", "accept", None), (broken, "accept", None), (leak, "accept", None),
+                                 (rows[0]["id"], "reject", None), ("mend", "edit", good("billing"))):  # fmt: skip
+        decide(project, Decision(id=id, decision=decision, reviewer="ann", answer=answer))
+    result = curate(project, CONTRACT, [], count)
+    kept = {r.id: r for r in result.accepted_rows()}
+    assert {"twin", "short", "mend"} <= kept.keys() and not {broken, leak, rows[0]["id"]} & kept.keys()
+    assert kept["mend"].meta.provenance["edited_by"] == "ann" and json.loads(kept["mend"].answer)["label"] == "billing"
+    refused = next(r for r in result.rejected_records() if r["gate"] == "human_review")
+    assert refused["row"]["id"] == rows[0]["id"] and refused["evidence"]["reviewer"] == "ann"
+
+
+def test_extra_gates_run_on_what_is_left_and_are_counted(project):
+    """A judge that is paid for rows which no gate would have kept, or whose verdicts are lost."""
+    seen = []
+
+    def odd(rows, values):
+        seen.extend(r.id for r in rows)
+        return [Verdict("?", "odd", {}) if len(r.user) % 2 else None for r in rows]
+
+    result = curate(project, CONTRACT, [], count, extra=[("judge", odd)])
+    step = next(s for s in result.steps if s["gate"] == "judge")
+    assert step["in"] == len(seen) and step["rejected"] == sum(r["gate"] == "judge" for r in result.rejected_records()) > 0
+    assert not {"p1", "p2"} & set(seen)
+
+
+def test_processes_and_one_process_write_the_same_bytes(tmp_path):
+    """Rows that two workers see differently, or an order that depends on who is ready first."""
+    rows = [row(message(i // 2 * 2, 20) + (" x" if i % 2 else ""), id=f"r{i}", kind="near_miss" if i % 7 else "style") for i in range(600)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    found = []
+    for workers in (1, 2):
+        machine = Local(Job(settings(tmp_path, workers=workers), CONTRACT, [odd_id]), list(chunks(file, "", 20_000)))
+        assert len(machine.chunks) > 5 and machine.workers == workers
+        judged = judge(machine)
+        found.append((judged.verdicts, judged.steps))
+    assert found[0] == found[1] and len(found[0][0]) == 300
+
+
+def odd_id(row, value):
+    """A check for the tests."""
+    return "odd" if row.id.endswith("13") else None
+
+
+def test_a_template_filled_ten_thousand_times_costs_no_more_than_other_rows(tmp_path):
+    """Pairs that grow with the square of a bucket, and a machine that runs out of memory."""
+    rows = [row(f"please send the invoice of order {i} again to our accounting office in town", id=f"r{i}") for i in range(3000)]
+    rows += [row("the very same words in every row", id=f"s{i}") for i in range(3000)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    chosen = settings(tmp_path, workers=1)
+    machine = Local(Job(chosen, CONTRACT), list(chunks(file)))
+    judged = judge(machine)
+    assert len(judged.verdicts) == 5998 and len(judged.similarities) < 60_000
+
+
+def test_a_failed_write_leaves_the_old_files(project, monkeypatch):
+    """Half an all.jsonl after a full disk or a stopped kernel."""
+    curate(project, CONTRACT, [], count)
+    before = {f: f.read_bytes() for f in project.path("data/accepted").glob("*")}
+    monkeypatch.setattr("slm.curate.accept.write_chunk", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        curate(project, CONTRACT, [], count)
+    assert {f: f.read_bytes() for f in project.path("data/accepted").glob("*")} == before
+
+
+def test_two_files_of_one_name_keep_both_their_rejected_rows(project):
+    """A batch called seed.jsonl whose rejected rows overwrite those of the seed rows."""
+    write_rows(project.path("data/generated/seed.jsonl"), [row("hm", id="short")])
+    with project.path("data/raw/seed.jsonl").open("a") as stream:
+        stream.write("{cut\n")
+    result = curate(project, CONTRACT, [], count)
+    assert result.read == result.kept + result.refused == 76
+    assert len(project.path("data/rejected/seed.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_a_cluster_of_two_nodes_decides_as_one_machine(project):
+    """Twins in two partitions that never meet."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install -e .[scale]")
+    from ray.cluster_utils import Cluster as Nodes
+
+    rows = [row(message(i, 20), good("bug" if i % 3 else "billing"), id=f"r{i}") for i in range(10_000, 12_000)]
+    rows += [row(r.user.rsplit(" ", 1)[0] + " changed", r.answer, id=f"{r.id}n") for r in rows[::10]]
+    rows += [row(r.user, r.answer, id=f"{r.id}e") for r in rows[5::40]]
+    rows += [row(message(2000 + n) + " so", id=f"leak{n}") for n in range(4)]
+    write_rows(project.path("data/generated/batch_002.jsonl"), rows)
+    curate(project, CONTRACT, [odd_id], count)
+    before = outputs_of(project)
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes.add_node(num_cpus=1)
+    try:
+        project = load_settings(overrides={"curate": {"ray": nodes.address}}, start=project.root)
+        result = curate(project, CONTRACT, [odd_id], count)
+    finally:
+        import ray
+
+        ray.shutdown()
+        nodes.shutdown()
+    assert outputs_of(project) == before
+    counts = {s["gate"]: s["rejected"] for s in result.steps}
+    assert counts["duplicates"] > 200 and counts["evaluation_leakage"] >= 4
+
+
+def outputs_of(project) -> dict[str, bytes]:
+    files = [*project.path("data/accepted").glob("*.jsonl"), *project.path("data/rejected").glob("*.jsonl")]
+    return {f.name: f.read_bytes() for f in files}
 
 
 def test_rubric_accepts_by_the_rule():

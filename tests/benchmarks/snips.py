@@ -126,7 +126,7 @@ def run(source: Path, train_rows: int, keep: bool) -> dict:
     rejected = {step["gate"]: step["rejected"] for step in curated.steps if step["rejected"]}
     return {
         "benchmark": "snips", "test_rows": len(test), "train_rows": curated.record["split"]["rows"]["train"],
-        "read": len(curated.candidates), "accepted": len(curated.accepted), "rejected": rejected, "leaked_test_texts": leaked,
+        "read": curated.read, "accepted": curated.kept, "rejected": rejected, "leaked_test_texts": leaked,
         "near_test": len(found) - len(copied), "results": {name: figures(result) for name, result in results.items()},
         "train": record["metrics"], "recipe": record["recipe"], "device": record["device"], "packages": record["packages"], "seconds": seconds,
         "fine_tuned_tokens": round(results["fine_tuned"].completion_tokens, 1),

@@ -1,74 +1,65 @@
 """Seed rows and batches go through the gates; accepted, rejected, split and recorded. in == accepted + rejected."""
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from slm import registry
-from slm.curate import duplicates, gates, leakage, privacy
+from slm.curate import gates, leakage
 from slm.curate.coverage import coverage
-from slm.curate.funnel import planted_table
+from slm.curate.decisions import read_decisions
+from slm.curate.engine import Job, Judged, Local, embed, judge
 from slm.curate.plots import plot_funnel
-from slm.curate.read import Candidate, Verdict, read_candidates
+from slm.curate.read import Chunk, Verdict, chunks, read_candidates, replacing
 from slm.curate.split import split_file
-from slm.curate.text import pairs_of
+from slm.curate.text import skeleton, text_of, words
 from slm.curate.versions import record_dataset, writing
 from slm.errors import SlmError
-from slm.generate.plan import batches
-from slm.rows import Row, write_jsonl, write_rows
+from slm.generate.plan import batches, languages
+from slm.rows import Row, iter_rows
 
-SEED = "data/raw/seed.jsonl"
+SEED, ALL = "data/raw/seed.jsonl", "data/accepted/all.jsonl"
 
 
 @dataclass
 class Curated:
-    """What 04 decided: every candidate with its verdict, the accepted rows, the funnel and the dataset's record."""
+    """What 04 decided: how many rows were read, kept and refused, where they lie, the funnel, and the dataset's record.
+    `lengths` are the tokens of the accepted rows, `similarities` (by `measures`) those of the pairs found alike."""
 
-    candidates: list[Candidate]
-    accepted: list[Row]
+    read: int
+    kept: int
+    refused: int
+    accepted_file: Path
+    rejected_files: list[Path]
     steps: list[dict]
     record: dict
-    planted: list[dict]
-    contract: object
-    lengths: object = None  # numpy: tokens of the accepted rows
-    similarities: object = None  # numpy: similarity of each pair found
-    measures: object = None  # numpy: and by which measure
+    planted: list[tuple]
+    table: object
+    lengths: np.ndarray
+    similarities: np.ndarray
+    measures: np.ndarray
 
-    @property
-    def read(self) -> int:
-        """Rows read."""
-        return len(self.candidates)
+    def accepted_rows(self) -> Iterator[Row]:
+        """The accepted rows, one by one from their file."""
+        return iter_rows(self.accepted_file)
 
-    @property
-    def kept(self) -> int:
-        """Rows accepted."""
-        return len(self.accepted)
-
-    @property
-    def refused(self) -> int:
-        """Rows rejected."""
-        return len(self.rejected)
-
-    def accepted_rows(self):
-        """The accepted rows, one by one."""
-        return iter(self.accepted)
-
-    def rejected_records(self):
-        """The lines of data/rejected, one by one."""
-        return (candidate.record() for candidate in self.rejected)
-
-    @property
-    def rejected(self) -> list[Candidate]:
-        """The refused candidates, in reading order."""
-        return [c for c in self.candidates if c.verdict is not None]
+    def rejected_records(self) -> Iterator[dict]:
+        """The records of data/rejected, one by one: gate, reason, evidence, file, line, and row or raw."""
+        for path in self.rejected_files:
+            with path.open(encoding="utf-8", newline="\n") as stream:
+                yield from map(json.loads, stream)
 
     def funnel(self):
-        """A table, one line per gate: rows in, rejected, out."""
+        """A table, one line per gate: rows in, rejected, out, and a note where part of a gate could not run."""
         import pandas as pd
 
-        return pd.DataFrame(self.steps, columns=["gate", "in", "rejected", "out"])
+        columns = ["gate", "in", "rejected", "out", *(["note"] if any("note" in s for s in self.steps) else [])]
+        return pd.DataFrame(self.steps, columns=columns).fillna("")
 
     def plot(self, path: Path) -> Path:
         """The funnel as a PNG at `path`."""
@@ -79,153 +70,138 @@ class Curated:
         import pandas as pd
 
         shown: dict[str, list] = defaultdict(list)
-        for c in self.rejected:
-            evidence, text = json.dumps(c.verdict.evidence, ensure_ascii=False), c.row.user if c.row else c.raw
-            shown[c.verdict.gate].append((c.verdict.gate, c.verdict.reason, c.place, text[:80], evidence[:120]))
+        wanted = sum(min(n, step["rejected"]) for step in self.steps)
+        for r in self.rejected_records():
+            if len(shown[r["gate"]]) < n:
+                text = text_of(Row.model_validate(r["row"])) if "row" in r else r["raw"]
+                evidence, place = json.dumps(r["evidence"], ensure_ascii=False), f"{r['file']}:{r['line']}"
+                shown[r["gate"]].append((r["gate"], r["reason"], place, text[:80], evidence[:120]))
+                if sum(map(len, shown.values())) >= wanted:
+                    break
         columns = ["gate", "reason", "place", "message", "evidence"]
-        return pd.DataFrame([line for lines in shown.values() for line in lines[:n]], columns=columns)
+        order = {step["gate"]: at for at, step in enumerate(self.steps)}
+        lines = sorted((line for lines in shown.values() for line in lines), key=lambda line: order.get(line[0], 0))
+        return pd.DataFrame(lines, columns=columns)
 
     def planted_faults(self):
         """A table of the planted faults and whether the gates caught them; empty when none were planted."""
-        return planted_table(self.planted, self.candidates)
+        import pandas as pd
+
+        return pd.DataFrame(self.planted, columns=["id", "fault", "expected", "gate", "result"])
 
     def coverage(self):
         """The shares of the accepted rows against the plan (gate 7)."""
-        return coverage(self.accepted, self.contract)
+        return self.table
 
 
-def judge(
-    candidates: list[Candidate], settings, contract, checks: list[Callable] = (), count_tokens: Callable | None = None,
-    sets: dict[str, list[Row]] | None = None, hidden: list[str] = (),
-) -> tuple[list[Candidate], list[dict], dict[str, dict]]:  # fmt: skip
-    """Run every gate over the candidates, each gate on what the ones before it let through. Returns the candidates with
-    their verdicts (same order), the funnel's steps, and the accepted values by position. `sets` None leaves the leakage
-    gate out, `count_tokens` None the length gate."""
-    cfg, result, steps = settings.curate, list(candidates), []
-
-    def alive() -> list[int]:
-        return [n for n, c in enumerate(result) if c.verdict is None]
-
-    def count(name: str, before: int, lost: int) -> None:
-        steps.append({"gate": name, "in": before, "rejected": lost, "out": before - lost})
-
-    def refuse(name: str, order: list[int], verdicts: list[Verdict | None]) -> None:
-        before = len(alive())
-        for n, verdict in zip(order, verdicts, strict=True):
-            if verdict:
-                result[n] = result[n].refuse(verdict)
-        if name:
-            count(name, before, before - len(alive()))
-
-    def gate(name: str, verdict_of: Callable) -> None:
-        order = alive()
-        refuse(name, order, verdict_of([result[n].row for n in order], [values[n] for n in order]))
-
-    order = alive()
-    verdicts, found = gates.read_answers([result[n].row for n in order], contract)
-    seen: dict[str, int] = {}
-    for place, n in enumerate(order):
-        other = seen.setdefault(result[n].row.id, n)
-        if other != n and result[other].row.messages != result[n].row.messages and verdicts[place] is None:
-            reason = f"its id is already that of {result[other].place}"
-            verdicts[place] = Verdict("schema_validity", reason, {"id": result[n].row.id})
-    values = dict(zip(order, found, strict=True))
-    refuse("", order, verdicts)
-    lost, left = Counter(c.verdict.gate for c in result if c.verdict), len(result)
-    first = ("removed",) if lost["removed"] else ()
-    for name in (*first, "json_validity", "schema_validity", "contract_validity"):
-        count(name, left, lost[name])
-        left -= lost[name]
-
-    gate("check", lambda rows, vals: gates.checked(rows, vals, checks))
-    gate("leaked_instructions", lambda rows, vals: gates.leaked(rows, hidden))
-    gate("personal_data", lambda rows, vals: privacy.personal(rows))
-    if count_tokens is not None:
-        limit = min(cfg.max_tokens, settings.train.max_seq_length)
-        gate("length", lambda rows, vals: gates.too_long(rows, contract, count_tokens, limit))
-    if sets is not None:
-        gate("evaluation_leakage", lambda rows, vals: leakage.leaks(rows, sets, cfg.leakage, cfg.semantic_duplicate))
-
-    order = alive()
-    rows, vals = [result[n].row for n in order], [values[n] for n in order]
-    pairs = pairs_of(rows, min(cfg.near_duplicate, cfg.contradiction), cfg.semantic_duplicate)
-    trusted = frozenset(c.row.id for c in result if c.row and (c.row.meta.source == "human" or c.file == SEED))
-    against = duplicates.contradictions(rows, vals, pairs, cfg.contradiction, trusted)
-    refuse("label_consistency", order, against)
-    pairs = [
-        p for p in pairs if not against[p.first] and not against[p.second]
-        and (p.measure != "jaccard" or p.similarity >= cfg.near_duplicate)
-    ]  # fmt: skip
-    refuse("duplicates", order, duplicates.duplicates(rows, vals, pairs))
-    names = frozenset(str(v).lower() for v in _enum_values(contract.schema))
-    gate("trivial", lambda rows, vals: gates.trivial(rows, cfg.min_words, names))
-    return result, steps, {n: values[n] for n in alive()}
-
-
-def curate(settings, contract, checks: list[Callable], count_tokens: Callable, hidden: list[str] = ()) -> Curated:
+def curate(
+    settings, contract, checks: list[Callable], count_tokens: Callable, hidden: list[str] = (),
+    extra: list[tuple[str, Callable]] = (),
+) -> Curated:  # fmt: skip
     """Judge data/raw/seed.jsonl and every file of data/generated, then write data/accepted and data/rejected. `hidden`
-    are the prompt texts that no row may repeat. Everything is rebuilt from the inputs, so a second run gives the same
-    bytes. Raises SlmError when there is nothing to read, or nothing left to split."""
-    seed = settings.path(SEED)
-    files = ([seed] if settings.curate.include_seed_rows and seed.is_file() else []) + batches(settings)
+    are the prompt texts that no row may repeat; `extra` are further gates: (name, function(rows, values) -> verdicts).
+    Everything is rebuilt from the inputs, so a second run gives the same bytes. Raises SlmError when there is nothing to
+    read, or nothing left to split."""
+    cfg, seed = settings.curate, settings.path(SEED)
+    files = ([seed] if cfg.include_seed_rows and seed.is_file() else []) + batches(settings)
     if not files:
         raise SlmError("data/generated: no batch to curate; run 03_generate first.")
-    candidates = [c for f in files for c in read_candidates(f, str(f.relative_to(settings.root)))]
-    path = settings.path("data/accepted/all.jsonl")
-    # Accepted rows whose source is gone stay visible: they are refused under the gate "removed", not forgotten.
-    present = {c.row.id for c in candidates if c.row}
-    old = read_candidates(path, "data/accepted/all.jsonl") if path.is_file() else ()
-    gone = Verdict("removed", "no file in data/raw or data/generated holds this row any more", {})
-    candidates += [c.refuse(gone) for c in old if c.row and c.row.id not in present]
-    sets = leakage.evaluation_rows(settings)
-    result, steps, values = judge(candidates, settings, contract, checks, count_tokens, sets, hidden)
-    accepted = [_canonical(result[n].row, contract.dump(value), contract.label(value)) for n, value in values.items()]
-    rejected = [c for c in result if c.verdict is not None]
-    a, r, total = len(accepted), len(rejected), len(candidates)
-    if total != a + r:
-        raise SlmError(f"{total} rows in, {a} accepted, {r} rejected: rows were lost.")
-    _write_rejected(settings, files, rejected)
-    if not accepted:
-        raise SlmError(f"all {len(rejected)} rows were refused; read data/rejected, then mend the prompt or the gates.")
-    table = coverage(accepted, contract)
-    uneven = table[~table["verdict"].isin(["", "ok"])]
-    short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
-    steps.append({"gate": "coverage", "in": len(accepted), "rejected": 0, "out": len(accepted), "warnings": short})
-    parents = {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files}
-    with writing(settings):
-        write_rows(path, accepted)
-        record = record_dataset(settings, path, split_file(settings, path), parents, steps)
-    planted = settings.path("data/raw/planted_faults.json")
-    faults = json.loads(planted.read_text(encoding="utf-8")) if planted.is_file() else []
-    import numpy as np
+    known = leakage.index_of(leakage.evaluation_rows(settings), (lambda texts: embed(cfg.embedder, texts)) if cfg.embedder else None)
+    secret = frozenset(run for text in hidden for run in gates.runs(words(text)))
+    job = Job(settings, contract, checks, count_tokens, known, secret, read_decisions(settings), frozenset([SEED]))
+    parts = [chunk for f in files for chunk in chunks(f, str(f.relative_to(settings.root)))]
+    if cfg.ray:
+        from slm.curate.ray import Cluster
 
-    cfg, rows = settings.curate, [c.row for c in result if c.row]
-    pairs = pairs_of(rows, min(cfg.near_duplicate, cfg.contradiction), cfg.semantic_duplicate)
-    lengths = np.array(count_tokens([contract.messages(row) for row in accepted]))
-    found = np.array([p.similarity for p in pairs]), np.array([p.measure for p in pairs])
-    return Curated(result, accepted, steps, record, faults, contract, lengths, *found)
+        judged = judge(Cluster(job, parts), extra)
+    else:
+        judged = judge(Local(job, parts), extra)
+    targets = {str(f.relative_to(settings.root)): settings.path(f"data/rejected/{f.stem}.jsonl") for f in files}
+    with writing(settings), ExitStack() as rejected, ExitStack() as accepted:
+        streams: dict[Path, object] = {}
 
+        def refuse(target: Path, lines: bytes) -> int:
+            if lines and target not in streams:
+                streams[target] = rejected.enter_context(replacing(target))
+            return streams[target].write(lines) and lines.count(b"\n") if lines else 0
 
-def _write_rejected(settings, files: list[Path], rejected: list[Candidate]) -> None:
-    by_file: dict[str, list[dict]] = defaultdict(list)
-    for candidate in rejected:
-        by_file[candidate.file].append(candidate.record())
-    for name in dict.fromkeys([*(str(f.relative_to(settings.root)) for f in files), *by_file]):
-        stem = "removed" if name.startswith("data/accepted") else Path(name).stem
-        target = settings.path(f"data/rejected/{stem}.jsonl")
-        if by_file[name]:
-            write_jsonl(target, by_file[name])
-        else:
+        gone = _removed(settings.path(ALL), set(judged.ids))
+        removed = sum(refuse(settings.path("data/rejected/removed.jsonl"), line) for line in gone)
+        all_rows, kept, refused = accepted.enter_context(replacing(settings.path(ALL))), 0, 0
+        for chunk, (good, bad) in zip(parts, _written(Local(job, parts), judged), strict=True):
+            all_rows.write(good)
+            kept, refused = kept + good.count(b"\n"), refused + refuse(targets[chunk.name], bad)
+        if len(judged.ids) != kept + refused:
+            raise SlmError(f"{len(judged.ids)} rows in, {kept} accepted, {refused} rejected: rows were lost.")
+        rejected.close()
+        for target in {*targets.values()} - {*streams}:
             target.unlink(missing_ok=True)
+        if not kept:
+            raise SlmError(f"all {refused} rows were refused; read data/rejected, then mend the prompt or the gates.")
+        accepted.close()
+        steps, total, path = judged.steps, len(judged.ids) + removed, settings.path(ALL)
+        if removed:
+            steps.insert(0, {"gate": "removed", "in": total, "rejected": removed, "out": len(judged.ids)})
+        table = coverage(iter_rows(path), contract, languages(settings))
+        uneven = table[~table["verdict"].isin(["", "ok"])]
+        short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
+        steps.append({"gate": "coverage", "in": kept, "rejected": 0, "out": kept, "warnings": short})
+        parents = {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files}
+        record = record_dataset(settings, path, split_file(settings, path), parents, steps)
+    return Curated(
+        total, kept, refused + removed, path, sorted(streams), steps, record, _planted(settings, judged), table,
+        judged.tokens, judged.similarities, np.array(judged.measures),
+    )  # fmt: skip
 
 
-def _canonical(row: Row, answer: str, label: str | None) -> Row:
-    last = row.messages[-1].model_copy(update={"content": answer})
-    meta = row.meta.model_copy(update={"category": label}) if label else row.meta
-    return row.model_copy(update={"messages": [*row.messages[:-1], last], "meta": meta})
+def _written(machine: Local, judged: Judged) -> Iterator[tuple[bytes, bytes]]:
+    """What each chunk gives to the accepted and to the rejected file."""
+    own = ({p - a: v for p in range(a, b) if (v := judged.verdicts.get(p))} for a, b in zip(judged.starts, judged.starts[1:], strict=False))
+    return machine.map(write_chunk, machine.chunks, own)
 
 
-def _enum_values(node) -> list:
-    if isinstance(node, dict):
-        return [*node.get("enum", []), *(v for part in node.values() for v in _enum_values(part))]
-    return [v for part in node for v in _enum_values(part)] if isinstance(node, list) else []
+def write_chunk(job: Job, chunk: Chunk, verdicts: dict[int, Verdict]) -> tuple[bytes, bytes]:
+    """The accepted lines of a chunk (answers in canonical form), and its rejected records."""
+    good, bad = [], []
+    for n, candidate in enumerate(job.read(chunk)):
+        if verdict := verdicts.get(n):
+            if "skeleton" in verdict.evidence:
+                verdict.evidence["skeleton"] = skeleton(words(text_of(candidate.row)), job.names)
+            bad.append(candidate.refuse(verdict).record())
+            continue
+        value = job.answer(candidate.row.answer)[1]
+        record = candidate.row.model_dump(exclude_none=True)
+        record["messages"][-1]["content"] = job.contract.dump(value)
+        record["meta"]["category"] = job.contract.label(value) or record["meta"]["category"]
+        good.append(record)
+    return tuple("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode() for rows in (good, bad))
+
+
+def _removed(path: Path, present: set) -> Iterator[bytes]:
+    """Records of accepted rows whose source is gone: they are refused under the gate "removed", not forgotten."""
+    verdict = Verdict("removed", "no file in data/raw or data/generated holds this row any more", {})
+    for c in read_candidates(path, ALL) if path.is_file() else ():
+        if c.row and c.row.id not in present:
+            yield json.dumps(c.refuse(verdict).record(), ensure_ascii=False).encode() + b"\n"
+
+
+def _planted(settings, judged: Judged) -> list[tuple]:
+    """For each planted fault {"id", "fault", "gate", "twin"?} the gate that caught it."""
+    path = settings.path("data/raw/planted_faults.json")
+    faults = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    wanted = {f["id"] for f in faults} | {f.get("twin") for f in faults}
+    found = {i: judged.verdicts.get(n) for n, i in enumerate(judged.ids) if i in wanted} if faults else {}
+    # Of two alike rows either may be the one that goes.
+    twins = {v.evidence.get("twin"): v.gate for v in judged.verdicts.values()} if faults else {}
+    lines = []
+    for fault in faults:
+        own = found[fault["id"]].gate if found.get(fault["id"]) else ""
+        gate = own or twins.get(fault["id"], "")
+        if fault["id"] not in found:
+            state = "not in this run"
+        elif gate:
+            state = "caught" if own else "caught: twin refused"
+        else:
+            state = "NOT CAUGHT" if fault.get("twin", fault["id"]) in found else "twin not in this run"
+        lines.append((fault["id"], fault["fault"], fault["gate"], gate, state))
+    return lines

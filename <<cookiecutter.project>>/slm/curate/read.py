@@ -1,10 +1,13 @@
 """Tolerant reading: every line of a batch becomes a candidate, readable or not; none is lost."""
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from slm.contract import _no_constant, _no_twice
 from slm.errors import SlmError
 from slm.rows import Row, explain, from_any
 
@@ -20,13 +23,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One line of a file: its row, or the verdict that says why there is none."""
+    """One line of a file: its row, or the verdict that says why there is none. `offset` is where the line begins."""
 
     file: str
     line: int
     raw: str
     row: Row | None = None
     verdict: Verdict | None = None
+    offset: int = 0
 
     @property
     def place(self) -> str:
@@ -44,29 +48,88 @@ class Candidate:
         return found | ({"row": self.row.model_dump(exclude_none=True)} if self.row else {"raw": self.raw})
 
 
-def read_candidates(path: Path, name: str = "") -> Iterator[Candidate]:
-    """The candidates of a JSONL file; empty lines are skipped. Raises SlmError only when the file is missing."""
+@dataclass(frozen=True)
+class Chunk:
+    """Whole lines of a file: `size` bytes from `offset` on, the first of them line number `line`."""
+
+    path: str
+    name: str
+    offset: int
+    size: int
+    line: int
+
+
+def chunks(path: Path, name: str = "", size: int = 2_000_000) -> Iterator[Chunk]:
+    """A file in chunks of about `size` bytes. Raises SlmError when the file is missing."""
     path = Path(path)
     if not path.is_file():
         raise SlmError(f"{path}: there is no such file.")
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield _candidate(name or str(path), number, line)
+        offset, line = 0, 1
+        while block := stream.read(size):
+            block += stream.readline()
+            yield Chunk(str(path), name or str(path), offset, len(block), line)
+            offset, line = offset + len(block), line + block.count(b"\n")
 
 
-def _candidate(name: str, number: int, line: bytes) -> Candidate:
-    raw = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace").rstrip("\r\n")
-    candidate, place = Candidate(name, number, raw), {"file": name, "line": number}
+def read_chunk(chunk: Chunk) -> list[Candidate]:
+    """The candidates of a chunk; empty lines are skipped."""
+    with open(chunk.path, "rb") as stream:
+        stream.seek(chunk.offset)
+        lines = stream.read(chunk.size).split(b"\n")
+    found, offset = [], chunk.offset
+    for number, line in enumerate(lines, chunk.line):
+        if line.strip():
+            found.append(_candidate(chunk.name, number, line, offset))
+        offset += len(line) + 1
+    return found
+
+
+def read_candidates(path: Path, name: str = "") -> Iterator[Candidate]:
+    """The candidates of a JSONL file; empty lines are skipped. Raises SlmError only when the file is missing."""
+    for chunk in chunks(path, name):
+        yield from read_chunk(chunk)
+
+
+def _candidate(name: str, number: int, line: bytes, offset: int) -> Candidate:
+    raw = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace").rstrip("\r")
+    candidate, place = Candidate(name, number, raw, offset=offset), {"file": name, "line": number}
     try:
         line.decode("utf-8")
-        record = json.loads(raw)
-        if not isinstance(record, dict):
-            raise ValueError("a line must be a JSON object")
-        return replace(candidate, row=from_any(record, category="all"))
+        record = json.loads(raw, object_pairs_hook=_no_twice, parse_constant=_no_constant, parse_float=_finite)
     except UnicodeDecodeError:
         return candidate.refuse(Verdict("json_validity", "not UTF-8", place))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return candidate.refuse(Verdict("json_validity", f"not JSON: {error}", place))
-    except (ValueError, TypeError) as error:
-        return candidate.refuse(Verdict("schema_validity", explain(error), place))
+    try:
+        if not isinstance(record, dict):
+            raise ValueError("a line must be a JSON object")
+        row = from_any(record, category="all")
+        row.model_dump_json()  # what cannot be written (half a surrogate pair, endless nesting) is no row
+    except (ValueError, TypeError, RecursionError) as error:
+        return candidate.refuse(Verdict("schema_validity", explain(error)[:500], place))
+    return replace(candidate, row=row)
+
+
+def _finite(text: str) -> float:
+    if (value := float(text)) in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:20]} is too large")
+    return value
+
+
+@contextmanager
+def replacing(path: Path):
+    """A binary stream whose content takes the place of `path` at the end, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise SlmError(f"{path}: cannot write ({error.strerror}); nothing was changed. Free some space, run again.") from None
+    finally:
+        part.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ def review(settings, contract) -> "Review":
     fields, those count that may be null: the others every row fills."""
     cfg, decided, fields = settings.curate, read_decisions(settings), contract.schema.get("properties", {})
     refused = {line["id"]: refusal(line["text"])[0] for line in registry.read(settings, "judge")}
-    border = {"jaccard": BORDER + cfg.near_duplicate, "cosine": BORDER + cfg.semantic_duplicate}
+    border = {"jaccard": BORDER + cfg.near_duplicate, "cosine": BORDER + (cfg.embedding_duplicate if cfg.embedder else cfg.semantic_duplicate)}
     critical = [name for name in contract.critical if {"type": "null"} in fields.get(name, {}).get("anyOf", ())]
     risky = (*contract.unsafe_labels, *critical, *cfg.review_fields)
     queue: dict[str, tuple[Row, list[str]]] = {}

@@ -1,22 +1,17 @@
-"""How texts are compared: normal form, word shingles, skeleton, and which pairs of many texts are alike."""
+"""How texts are compared: normal form, word shingles and skeletons, and their hashes for many texts at once."""
 
+import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from slm.rows import Row
 
 _WORD = re.compile(r"\w+")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Texts number `first` < `second` are alike by `measure` ("exact", "jaccard" or "cosine")."""
-
-    first: int
-    second: int
-    measure: str
-    similarity: float
+_P = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it permutes the 64-bit numbers
 
 
 def text_of(row: Row) -> str:
@@ -26,57 +21,94 @@ def text_of(row: Row) -> str:
 
 def words(text: str) -> list[str]:
     """Lower-case words without accents."""
+    if text.isascii():
+        return _WORD.findall(text.lower())
     plain = unicodedata.normalize("NFKD", text).lower()
     return _WORD.findall("".join(c for c in plain if not unicodedata.combining(c)))
 
 
-def shingles(text: str, n: int = 3) -> frozenset[str]:
-    """The runs of `n` words of a text; a shorter text is one run."""
-    found = words(text)
-    return frozenset(" ".join(found[i : i + n]) for i in range(max(1, len(found) - n + 1)))
+def skeleton(found: list[str], names: frozenset[str] = frozenset()) -> str:
+    """Words with numbers and `names` masked: equal skeletons betray a filled template."""
+    return " ".join(_mask(word, names) for word in found)
 
 
-def skeleton(text: str, names: frozenset[str] = frozenset()) -> str:
-    """The text with numbers and `names` masked: equal skeletons betray a filled template."""
-    return " ".join("#" if any(c.isdigit() for c in w) else "@" if w in names else w for w in words(text))
+def _mask(word: str, names: frozenset[str]) -> str:
+    return "#" if any(c.isdigit() for c in word) else "@" if word in names else word
 
 
-def pairs_of(rows: list[Row], jaccard_at: float, cosine_at: float, start: int = 0) -> list[Pair]:
-    """Pairs of rows whose messages are alike; of the rows before `start`, none is compared with another. Exact: the
-    same words. Near: MinHash LSH over word 3-shingles, each hit verified by the exact Jaccard similarity. Semantic:
-    TF-IDF cosine. A pair is reported once, by the first of these measures that finds it."""
-    texts = [text_of(row) for row in rows]
-    best: dict[tuple[int, int], Pair] = {}
-    sets = [shingles(text) for text in texts]
-    for pair in (*_exact(texts, start), *_near(sets, jaccard_at, start), *_cosine(texts, cosine_at, start)):
-        best.setdefault((pair.first, pair.second), pair)
-    return [best[key] for key in sorted(best, key=lambda k: (k[1], k[0]))]
+@lru_cache(200_000)
+def hash64(text: str) -> int:
+    """The same 64 bits for the same text in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
-def _exact(texts: list[str], start: int) -> list[Pair]:
-    first, pairs = {}, []
-    for j, text in enumerate(texts):
-        i = first.setdefault(" ".join(words(text)), j)
-        if i < j and j >= start:
-            pairs.append(Pair(i, j, "exact", 1.0))
-    return pairs
+@dataclass
+class Sketch:
+    """What is kept of n texts: hashes of the words and of the skeleton (uint64, n), and of the distinct 3-shingles of
+    words (30 bits; those of text i are shingles[starts[i]:starts[i + 1]], in order)."""
+
+    text: np.ndarray
+    shape: np.ndarray
+    shingles: np.ndarray
+    starts: np.ndarray
+
+    def matrix(self):
+        """One sparse line of shingles per text."""
+        from scipy.sparse import csr_matrix
+
+        ones = np.ones(len(self.shingles), np.int8)
+        return csr_matrix((ones, self.shingles.view(np.int32), self.starts), shape=(len(self.text), 2**30))
 
 
-def _near(sets: list[frozenset], threshold: float, start: int) -> list[Pair]:
-    from datasketch import MinHash, MinHashLSH
+def sketch(found: list[list[str]], names: frozenset[str] = frozenset()) -> Sketch:
+    """The sketch of texts given as words; a text of fewer than three words is one shingle."""
+    found = [each or [""] for each in found]
+    sizes = np.fromiter(map(len, found), np.int64, len(found))
+    ends, total = np.cumsum(sizes), int(sizes.sum())
+    begins = ends - sizes
+    row, size = np.repeat(np.arange(len(found)), sizes), np.repeat(sizes, sizes)
+    place = np.arange(total) - np.repeat(begins, sizes)
+    number: dict[str, int] = {}  # of each distinct word
+    code = np.fromiter((number.setdefault(w, len(number)) for each in found for w in each), np.int64, total)
+    plain = np.fromiter(map(hash64, number), np.uint64, len(number))[code]
+    masked = np.fromiter((hash64(_mask(w, names)) for w in number), np.uint64, len(number))[code]
+    powers = np.cumprod(np.full(int(sizes.max(initial=1)), _P))[place]
+    run = plain * _P
+    for step in (1, 2):
+        there = np.flatnonzero(place + step < size)
+        run[there] = (run[there] + plain[there + step]) * (_P + np.uint64(2 * step))
+    use = place <= np.maximum(size - 3, 0)
+    keys = np.sort((row[use].astype(np.uint64) << np.uint64(30)) | (run[use] >> np.uint64(34)))
+    keys = keys[np.concatenate((np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]))]
+    counts = np.bincount((keys >> np.uint64(30)).astype(np.int64), minlength=len(found))
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    text, shape = (np.add.reduceat(values * powers, begins) if total else values for values in (plain, masked))
+    return Sketch(text, shape, (keys & np.uint64(2**30 - 1)).astype(np.uint32), starts)
 
-    # LSH is blurred around its threshold: look below it, then keep what truly reaches it.
-    index = MinHashLSH(threshold=max(0.2, 0.75 * threshold), num_perm=128)
-    pairs = []
-    encoded = ([shingle.encode() for shingle in shingle_set] for shingle_set in sets)
-    for j, signature in enumerate(MinHash.generator(encoded, num_perm=128)):
-        if j >= start:
-            for i in index.query(signature):
-                similarity = len(sets[i] & sets[j]) / len(sets[i] | sets[j])
-                if similarity >= threshold:
-                    pairs.append(Pair(i, j, "jaccard", round(similarity, 3)))
-        index.insert(j, signature, check_duplication=False)
-    return pairs
+
+def band_shape(threshold: float, most: int = 200) -> tuple[int, int]:
+    """(rows, bands) of MinHash LSH: the most selective with at most `most` hashes that finds 99 % of the pairs at the
+    threshold; of a pair with similarity s it finds 1 - (1 - s^rows)^bands (Leskovec et al., Mining of Massive Datasets)."""
+    best = (1, 1)
+    for rows in range(1, 33):
+        bands = 1 if threshold**rows >= 1 else int(np.ceil(np.log(0.01) / np.log1p(-(threshold**rows))))
+        if rows * bands <= most:
+            best = (rows, bands)
+    return best
+
+
+def band_keys(sketched: Sketch, threshold: float) -> np.ndarray:
+    """The MinHash band keys (n x bands, uint32): texts with equal shingles share all, alike texts at least one."""
+    rows, bands = band_shape(threshold)
+    factors = np.random.default_rng(0).integers(0, 2**32, (bands, rows, 2), dtype=np.uint32)
+    keys = np.zeros((len(sketched.text), bands), np.uint32)
+    for band in range(bands if len(keys) else 0):
+        key = np.zeros(len(keys), np.uint64)
+        for factor, shift in factors[band]:
+            values = sketched.shingles * (factor | np.uint32(1)) ^ shift
+            key = (key + np.minimum.reduceat(values, sketched.starts[:-1])) * _P
+        keys[:, band] = key >> np.uint64(32)
+    return keys
 
 
 def tfidf(texts: list[str]):
@@ -84,17 +116,3 @@ def tfidf(texts: list[str]):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(tokenizer=words, token_pattern=None, lowercase=False, sublinear_tf=True).fit_transform(texts)
-
-
-def _cosine(texts: list[str], threshold: float, start: int, chunk: int = 2000) -> list[Pair]:
-    if len(texts) < 2 or not any(words(text) for text in texts):
-        return []
-    matrix, pairs = tfidf(texts), []
-    for begin in range(start, len(texts), chunk):
-        end = min(begin + chunk, len(texts))
-        product = (matrix[begin:end] @ matrix[:end].T).tocoo()
-        hits = product.data >= threshold
-        for row, i, value in zip(product.row[hits], product.col[hits], product.data[hits], strict=True):
-            if i < begin + row:
-                pairs.append(Pair(int(i), int(begin + row), "cosine", round(float(value), 3)))
-    return pairs

@@ -3,29 +3,26 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from slm.curate.duplicates import duplicates
-from slm.curate.gates import checked, read_answers
+import numpy as np
+
+from slm.curate import duplicates
+from slm.curate.gates import checked, read_answer
 from slm.curate.read import Candidate, Verdict, read_candidates
-from slm.curate.text import pairs_of
+from slm.curate.text import band_keys, hash64, sketch, text_of, words
 from slm.errors import SlmError
 from slm.rows import Row
 
 
 def validate(path: Path, contract, checks: list[Callable] = ()) -> list[Candidate]:
     """Every line of a file with its verdict: row format, answer, unique ids, the user's checks."""
-    found = list(read_candidates(path))
-    readable = [n for n, c in enumerate(found) if c.verdict is None]
-    verdicts, values = read_answers([found[n].row for n in readable], contract)
-    first: dict[str, str] = {}
-    for n, verdict, value in zip(readable, verdicts, values, strict=True):
-        row, place = found[n].row, found[n].place
-        twin = first.setdefault(row.id, place)
-        if verdict is None and twin != place:
-            verdict = Verdict("schema_validity", f"its id {row.id} is already that of {twin}", {"id": row.id})
-        if verdict is None:
-            verdict = checked([row], [value], list(checks))[0]
-        if verdict:
-            found[n] = found[n].refuse(verdict)
+    found, first = [], {}
+    for c in read_candidates(path):
+        verdict, value = read_answer(c.row.answer, contract) if c.row else (c.verdict, None)
+        twin = first.setdefault(c.row.id, c.place) if c.row else c.place
+        if verdict is None and twin != c.place:
+            verdict = Verdict("schema_validity", f"its id {c.row.id} is already that of {twin}", {"id": c.row.id})
+        verdict = verdict or checked([c.row], [value], list(checks))[0]
+        found.append(c.refuse(verdict) if verdict else c)
     return found
 
 
@@ -33,17 +30,26 @@ def dedupe(settings, path: Path, against: Path | None = None) -> tuple[list[Row]
     """The rows of a file that are duplicates neither of each other nor of rows `against`, and those that are. Rows with
     the id of a known row are not compared with it: after 04 the accepted rows are the batch's own. Unreadable lines
     raise SlmError: validate first."""
-    rows = _readable(path)
+    rows, cfg = _readable(path), settings.curate
     own = {row.id for row in rows}
     if against and not Path(against).exists():
         raise SlmError(f"{against}: there is no such file or folder.")
     files = [] if not against else sorted(Path(against).glob("*.jsonl")) if Path(against).is_dir() else [against]
     known = list({row.id: row for file in files for row in _readable(file) if row.id not in own}.values())
-    everything = [*known, *rows]
-    pairs = pairs_of(everything, settings.curate.near_duplicate, settings.curate.semantic_duplicate, len(known))
-    verdicts = duplicates(everything, [row.answer for row in everything], pairs, len(known))[len(known) :]
-    found = list(zip(rows, verdicts, strict=True))
-    return [row for row, verdict in found if verdict is None], [pair for pair in found if pair[1]]
+    every = [*known, *rows]
+    texts, number = [text_of(row) for row in every], np.arange(len(every))
+    made = sketch([words(text) for text in texts])
+    bands = ((number, keys) for keys in band_keys(made, cfg.near_duplicate).T)
+    near = duplicates.near_edges(bands, number, made.matrix(), cfg.near_duplicate)
+    facts = np.zeros(len(every), duplicates.ROW)
+    facts["text"], facts["value"] = made.text, [hash64(row.answer) for row in every]
+    facts["near_miss"], facts["spared"] = [row.meta.kind == "near_miss" for row in every], number < len(known)
+    contrast = {n: row.meta.provenance["contrast_of"] for n, row in enumerate(every) if "contrast_of" in row.meta.provenance}
+    table = duplicates.Table(facts, [row.id for row in every], contrast)
+    verdicts: dict[int, Verdict] = {}
+    duplicates.duplicates(table, duplicates.join(table, near, duplicates.cosine_edges(texts, number, cfg.semantic_duplicate)), verdicts)
+    kept = [row for n, row in enumerate(rows, len(known)) if n not in verdicts]
+    return kept, [(every[n], verdicts[n]) for n in sorted(verdicts)]
 
 
 def _readable(path: Path) -> list[Row]:
