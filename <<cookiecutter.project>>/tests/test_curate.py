@@ -159,6 +159,8 @@ def test_evaluation_rows_are_found_copied_reworded_and_embedded(tmp_path):
     ("IBAN DE89370400440532013000 please", "bank account"), ("IBAN DE89370400440532013001", None),
     ("token sk-abcdefgh12345678XYZ", "secret key"), ("the key is 9fK2x8Qm4LpZ7w", "secret key"),
     ("mail jo@bakery.co.uk", "e-mail"), ("mail jo@example.com", None), ("order TL-40213, ticket 88213", None),
+    ("The password is Wumfpkv5969!Yx.", "secret key"), ("my api key: https://docs.example.com/keys?id=3 fails", None),
+    ("call +49 30 901820-44", "phone number"), ("call +44 1632 960 775", None), ("in +12 34 days", None),
     ("-----BEGIN RSA PRIVATE KEY-----", "secret key"), ("log 2025-11-04 08:45:06 job 1234567890", None),
 ])  # fmt: skip
 def test_personal_data_is_proven_by_check_sums(text, kind):

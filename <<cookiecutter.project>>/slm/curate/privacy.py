@@ -17,7 +17,9 @@ _KEYS = re.compile(
     r"|xox[abprs]-[\w-]{10,}|hf_[A-Za-z0-9]{20,}|glpat-[\w-]{16,}|[rs]k_live_\w{10,}"
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,})|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^\s/:@]+:[^\s/@]+@"
 )
-_NAMED = re.compile(r"(?i)\b(?:password|passwort|token|secret|api[ _-]?key|key)\b\W{1,5}(?:is\W+)?([A-Za-z0-9+/_=.-]{12,})")
+_NAMED = re.compile(r"(?i)\b(?:password|passwort|token|secret|api[ _-]?key|key)\b\W{1,5}(?:is\W+)?(?!https?:)([^\s\"'<>]{12,})")
+_PHONE = re.compile(r"(?<![\w+])\+\d(?:[ ().-]{0,2}\d){8,14}(?!\d)")
+_FICTION = re.compile(r"555|^441632960")  # kept free for stories (NANPA 555-01xx, Ofcom 01632 960xxx)
 
 
 def luhn(digits: str) -> bool:
@@ -49,6 +51,9 @@ def find(text: str) -> tuple[str, str] | None:
     for hit in _IBAN.finditer(text):
         if iban_valid(hit.group(0).replace(" ", "")):
             return "a bank account number", hit.group(0)
+    for hit in _PHONE.finditer(text):
+        if not _FICTION.search(re.sub(r"\D", "", hit.group(0))):
+            return "an international phone number", hit.group(0)
     for hit in _EMAIL.finditer(text):
         if not _RESERVED.search(hit.group(1).lower()):
             return "an e-mail address outside the reserved domains (example.com)", hit.group(0)
