@@ -106,7 +106,7 @@ class Curate(Section):
     seed: int = 0
     include_seed_rows: bool = True
     embedder: str = ""  # a model2vec model (folder or Hub id) for likeness of meaning; "": TF-IDF, on small sets
-    embedding_duplicate: float = Field(0.95, gt=0, le=1)  # cosine similarity of its vectors
+    embedding_duplicate: float = Field(0.9, gt=0, le=1)  # cosine similarity of its vectors
     workers: int = Field(0, ge=0)  # processes; 0: one per core
     ray: str = ""  # "": this machine; "auto" or an address: a Ray cluster
     # Optional gates and the review queue; nothing here is on by default but the queue.
