@@ -260,7 +260,8 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
     cuts = np.searchsorted(rows[own], bounds)
     near = machine.near([rows[own[a:b]] - s for a, b, s in zip(cuts, cuts[1:], bounds, strict=False)], min(cfg.near_duplicate, cfg.contradiction))
     if vectors:
-        semantic = duplicates.vector_edges(np.concatenate(vectors)[rows], own, cfg.embedding_duplicate)
+        full = own[~np.isin(own, np.fromiter(late, np.int64, len(late)))]  # two words mean little: gate 6 has them
+        semantic = duplicates.vector_edges(np.concatenate(vectors)[rows], full, cfg.embedding_duplicate)
     else:
         semantic = duplicates.cosine_edges([texts[n] for n in rows.tolist()] if small else [], own if small else own[:0], cfg.semantic_duplicate)
     edges = duplicates.join(table, (own[near[0]], own[near[1]], near[2]), semantic)
