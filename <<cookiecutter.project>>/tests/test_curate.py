@@ -367,10 +367,11 @@ def test_a_cluster_of_two_nodes_decides_as_one_machine(project):
     rows += [row(r.user.rsplit(" ", 1)[0] + " changed", r.answer, id=f"{r.id}n") for r in rows[::10]]
     rows += [row(r.user, r.answer, id=f"{r.id}e") for r in rows[5::40]]
     rows += [row(message(2000 + n) + " so", id=f"leak{n}") for n in range(4)]
-    write_rows(project.path("data/generated/batch_002.jsonl"), rows)
+    for part in range(4):  # a file is at least one partition: twins stand in different ones
+        write_rows(project.path(f"data/generated/batch_00{2 + part}.jsonl"), rows[600 * part : 600 * (part + 1)])
     curate(project, CONTRACT, [odd_id], count)
     before = outputs_of(project)
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
     try:
         project = load_settings(overrides={"curate": {"ray": nodes.address}}, start=project.root)

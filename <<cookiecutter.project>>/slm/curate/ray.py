@@ -3,7 +3,9 @@ shuffles by band key; the sketches of texts stay on the nodes, the verdicts are 
 
 import os
 import pickle
+import sys
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,7 +25,8 @@ class Cluster:
         self.job, self.chunks = job, chunks
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if not ray.is_initialized():
-            found = {"env_vars": {"PYTHONPATH": str(job.settings.root), "OMP_NUM_THREADS": "1"}}
+            own = [str(job.settings.root), *(p for p in sys.path if p and not p.startswith((sys.prefix, sys.base_prefix)))]
+            found = {"env_vars": {"PYTHONPATH": os.pathsep.join(own), "OMP_NUM_THREADS": "1"}}
             try:
                 ray.init(job.settings.curate.ray, runtime_env=found, log_to_driver=False, logging_level="error")
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -33,10 +36,14 @@ class Cluster:
     def judge(self) -> list[Part]:
         """The chunks, judged on the nodes; bands and shingles stay there."""
         import ray
+        from ray import cloudpickle
 
         numbers = ray.data.range(len(self.chunks), override_num_blocks=len(self.chunks))
-        held = {"job": ray.put(self.job), "chunks": self.chunks}
-        self.judged = numbers.map_batches(_judge, batch_size=1, fn_kwargs=held).materialize()
+        held = {"job": cloudpickle.dumps(self.job), "chunks": self.chunks}
+        try:
+            self.judged = numbers.map_batches(_judge, batch_size=1, fn_kwargs=held).materialize()
+        except ray.exceptions.RayError as error:
+            raise SlmError(f"curate.ray: {str(error).strip().splitlines()[-1]}") from None
         light = {row["id"]: row["light"] for row in self.judged.select_columns(["id", "light"]).iter_rows()}
         return [pickle.loads(light[n]) for n in range(len(self.chunks))]
 
@@ -55,11 +62,13 @@ class Cluster:
         return first[once], second[once], similarity[once]
 
 
-def _judge(batch: dict, job, chunks: list[Chunk]) -> dict:
-    import ray
+@lru_cache(1)
+def _job(packed: bytes) -> Job:
+    return pickle.loads(packed)  # once per process, with what it remembers
 
-    job = ray.get(job) if isinstance(job, ray.ObjectRef) else job
-    part = judge_chunk(job, chunks[int(batch["id"][0])])
+
+def _judge(batch: dict, job: bytes, chunks: list[Chunk]) -> dict:
+    part = judge_chunk(_job(job), chunks[int(batch["id"][0])])
     heavy, nothing = (part.bands, part.sketch.shingles, part.sketch.starts), np.zeros(0, np.uint32)
     part = replace(part, bands=None, sketch=Sketch(part.sketch.text, part.sketch.shape, nothing, nothing))
     return {"id": batch["id"]} | {k: np.array([pickle.dumps(v)], object) for k, v in (("light", part), ("heavy", heavy))}
