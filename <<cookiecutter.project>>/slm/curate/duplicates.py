@@ -105,7 +105,7 @@ def vector_edges(vectors: np.ndarray, of: np.ndarray, threshold: float, cells: i
     assigned = []
     for begin in range(0, len(of), chunk):
         product = vectors[of[begin : begin + chunk]].astype(np.float32) @ centres.T
-        assigned.append(np.argpartition(-product, min(2, len(centres) - 1), axis=1)[:, :3].astype(np.int32))  # no view
+        assigned.append(np.argpartition(-product, min(2, len(centres) - 1), axis=1)[:, :3].copy())  # a view would keep it all
     cell = np.concatenate(assigned) if assigned else np.zeros((0, 2), int)
     lines, keys = np.tile(of, cell.shape[1]), cell.T.ravel()
     order = np.lexsort((lines, keys))

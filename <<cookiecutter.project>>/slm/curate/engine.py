@@ -259,11 +259,11 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
     bounds = np.cumsum([0, *(len(p.passed) for p in parts)])
     cuts = np.searchsorted(rows[own], bounds)
     near = machine.near([rows[own[a:b]] - s for a, b, s in zip(cuts, cuts[1:], bounds, strict=False)], min(cfg.near_duplicate, cfg.contradiction))
+    told = own[~np.isin(own, np.fromiter(late, np.int64, len(late)))]  # what is refused as trivial has no meaning to share
     if vectors:
-        full = own[~np.isin(own, np.fromiter(late, np.int64, len(late)))]  # two words mean little: gate 6 has them
-        semantic = duplicates.vector_edges(np.concatenate(vectors)[rows], full, cfg.embedding_duplicate)
+        semantic = duplicates.vector_edges(np.concatenate(vectors)[rows], told, cfg.embedding_duplicate)
     else:
-        semantic = duplicates.cosine_edges([texts[n] for n in rows.tolist()] if small else [], own if small else own[:0], cfg.semantic_duplicate)
+        semantic = duplicates.cosine_edges([texts[n] for n in rows.tolist()] if small else [], told if small else told[:0], cfg.semantic_duplicate)
     edges = duplicates.join(table, (own[near[0]], own[near[1]], near[2]), semantic)
     decided = duplicates.decide(table, edges, cfg.contradiction, cfg.near_duplicate, lambda n: fetch(place_of[n]))
     verdicts |= {place_of[n]: verdict for n, verdict in decided.items()}
