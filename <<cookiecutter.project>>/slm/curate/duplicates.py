@@ -100,12 +100,12 @@ def cosine_edges(texts: list[str], of: np.ndarray, threshold: float, chunk: int 
 
 def vector_edges(vectors: np.ndarray, of: np.ndarray, threshold: float, cells: int = 1024, chunk: int = 4096) -> Edges:
     """Pairs of unit vectors (lines `of`) with a cosine of at least `threshold`, sought among the vectors of one cell: an
-    inverted file whose centres are rows at even distances, each vector standing in its two nearest cells."""
+    inverted file whose centres are rows at even distances, each vector standing in its three nearest cells."""
     centres = vectors[of[:: max(1, len(of) // cells)]].astype(np.float32)
     assigned = []
     for begin in range(0, len(of), chunk):
         product = vectors[of[begin : begin + chunk]].astype(np.float32) @ centres.T
-        assigned.append(np.argpartition(-product, min(1, len(centres) - 1), axis=1)[:, :2].copy())  # a view would keep it all
+        assigned.append(np.argpartition(-product, min(2, len(centres) - 1), axis=1)[:, :3].copy())  # a view would keep it all
     cell = np.concatenate(assigned) if assigned else np.zeros((0, 2), int)
     lines, keys = np.tile(of, cell.shape[1]), cell.T.ravel()
     order = np.lexsort((lines, keys))
