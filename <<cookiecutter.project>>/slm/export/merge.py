@@ -51,7 +51,8 @@ def merge_folders(base: Path, adapter: Path, target: Path) -> Path:
     require_space(target.parent, int(weight_bytes(base) * 1.05), "the merged model")
     is_adapter = (adapter / "adapter_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(adapter if (adapter / "tokenizer_config.json").is_file() else base)
-    model = AutoModelForCausalLM.from_pretrained(base if is_adapter else adapter, dtype=torch.bfloat16)
+    # Added up in float32, rounded once, as the evaluated model was: its weights are then these to the last bit.
+    model = AutoModelForCausalLM.from_pretrained(base if is_adapter else adapter, dtype=torch.float32 if is_adapter else torch.bfloat16)
     if is_adapter:
         try:
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
@@ -62,7 +63,7 @@ def merge_folders(base: Path, adapter: Path, target: Path) -> Path:
         raise SlmError(f"{adapter}: its tokenizer has {len(tokenizer)} tokens, the model fewer; it belongs to another base.")
     pin_template(tokenizer)
     with whole(target) as work:
-        model.save_pretrained(work, max_shard_size="4GB")
+        model.to(torch.bfloat16).save_pretrained(work, max_shard_size="4GB")
         tokenizer.save_pretrained(work)
         complete_tokenizer(tokenizer, Path(base), work)
         check_ends(Path(base), work)

@@ -26,15 +26,17 @@ class HFModel:
         source = adapter if full else folder
         if not (Path(source) / "config.json").is_file():
             raise SlmError(f"{source}: neither adapter_config.json nor config.json in it; train first (05_train).")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        if adapter is not None and not full:
+        merge = adapter is not None and not full
+        # The adapter is added in float32 and the sum rounded once, as 08 merges it.
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if merge else torch.bfloat16)
+        if merge:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        self.model = model.to(device).eval()
+        self.model = model.to(device, torch.bfloat16).eval()
         trained = "".join(file_hash(f)[:8] for f in sorted(Path(adapter).glob("*.safetensors"))) if adapter else ""
         self.name = Path(adapter or folder).name
-        self.fingerprint = f"hf {weights} {trained} {hash_text(self.tokenizer.chat_template)}"
+        self.fingerprint = f"hf2 {weights} {trained} {hash_text(self.tokenizer.chat_template)}"
         self._batch = batch_size
 
     def render(self, messages: list[dict]) -> str:
