@@ -5,35 +5,20 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict
 
-from slm.contract import Contract
 from slm.curate import curate
 from slm.curate.read import read_candidates
 from slm.errors import SlmError
 from slm.generate.salvage import rows_from
 from slm.rows import make_row, read_rows, write_rows
 from slm.settings import load_settings
+from test_curate import CONTRACT, WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class Ticket(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    label: Literal["bug", "billing"]
-    order: str | None
-
-
-CONTRACT = Contract(
-    name="t", task_type="extraction", output=Ticket, system_prompt="Label it.", primary_metric="field_f1", target=0.9,
-    label_field="label",
-)  # fmt: skip
 ANSWER = '{"label":"bug","order":null}'
-WORDS = "river stone window paper garden candle bridge forest pencil mirror bottle carpet engine ladder needle orange".split()
 GOOD = [make_row(" ".join(w + end for w in WORDS), ANSWER, category="bug", source="teacher") for end in "abcdefghijkl"]
 
 # Right-to-left marks, letters that only look Latin, lone surrogates, NUL, line separators, marks without a base.

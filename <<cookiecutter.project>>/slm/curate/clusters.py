@@ -3,6 +3,7 @@
 from collections import defaultdict
 from pathlib import Path
 
+from slm.curate.engine import embed
 from slm.curate.text import text_of, tfidf, words
 from slm.rows import Row, iter_rows
 
@@ -44,9 +45,7 @@ def _clusters(texts: list[str], settings) -> tuple[list[int], list[float]]:
     if k < 2:
         return [0] * len(texts), [0.0] * len(texts)
     if cfg.embedder:
-        from model2vec import StaticModel
-
-        vectors = StaticModel.from_pretrained(cfg.embedder).encode(texts)
+        vectors = embed(cfg.embedder, texts)
     else:
         vectors = tfidf(texts)
         size = min(64, *(n - 1 for n in vectors.shape))
