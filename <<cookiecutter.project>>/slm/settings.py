@@ -166,10 +166,27 @@ class Evaluate(Section):
     confidence: float = Field(0.95, gt=0, lt=1)
     resamples: int = Field(2000, ge=100)
     final_test: bool = False  # look at test.jsonl, once, when dev and golden are settled
-    critical_failures_allowed: int = Field(0, ge=0)
     latency_requests: int = Field(8, ge=1)  # lone, uncached requests that are timed per model
-    false_positive_target: float = Field(0.05, ge=0, le=1)  # most of the null-label rows that may be acted on
-    false_negative_target: float = Field(0.05, ge=0, le=1)  # most of the other rows that may be passed over
+    slots: int = Field(16, ge=1)  # sequences that llama.cpp decodes together
+    constrained: bool = True  # the prompted base and the fine-tuned model also with decoding held to the schema
+    retrieve: int = Field(3, ge=1)  # passages of data/raw in the prompt of the RAG baseline (task.needs_knowledge)
+    judge: Endpoint = Endpoint()  # for rubric scores and pairwise preference; on as soon as url and model are set
+
+
+class Gates(Section):
+    """Thresholds of the release gates (06); the contract's target and the task's limits are gates too."""
+
+    schema_validity: float = Field(0.99, ge=0, le=1)
+    critical_failures: int = Field(0, ge=0)  # golden rows with a critical field wrong
+    tool_name_accuracy: float = Field(0.98, ge=0, le=1)
+    required_argument_accuracy: float = Field(0.95, ge=0, le=1)
+    json_parse_rate: float = Field(0.995, ge=0, le=1)
+    unsafe_tool_call_rate: float = Field(0.0, ge=0, le=1)
+    record_parse_rate: float = Field(0.995, ge=0, le=1)
+    critical_field_accuracy: float = Field(0.98, ge=0, le=1)
+    false_positive_rate: float = Field(0.05, ge=0, le=1)  # most of the null-label rows that may be acted on
+    false_negative_rate: float = Field(0.05, ge=0, le=1)  # most of the other rows that may be passed over
+    calibration_error: float = Field(0.1, ge=0, le=1)  # expected calibration error (ECE) of the label
 
 
 class Export(Section):
@@ -223,6 +240,7 @@ class Settings(Section):
     curate: Curate = Curate()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    gates: Gates = Gates()
     export: Export = Export()
     repair: Repair = Repair()
     production: Production = Production()

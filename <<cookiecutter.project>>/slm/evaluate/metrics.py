@@ -58,6 +58,12 @@ class Result(BaseModel):
     latency_p95_s: float | None = None
     tokens_per_second: float | None = None
     cost_per_1k_requests: float | None = None
+    latency_p99_s: float | None = None
+    first_token_s: float | None = None
+    memory_mb: float | None = None
+    constrained: bool = False
+    calibration: dict = {}
+    warnings: list[str] = []
     prompt_tokens: float = 0.0
     completion_tokens: float = 0.0
     scores: list[Score] = []

@@ -74,7 +74,7 @@ def sign_off(settings, run_id: str, reviewer: str) -> dict:
 
 
 def _measured(settings, report: dict) -> list[Gate]:
-    contract, limit = report["contract"], settings.evaluate.critical_failures_allowed
+    contract, limit = report["contract"], settings.gates.critical_failures
     name, target, latency = contract["primary_metric"], contract["target"], report["lines"]["latency"]
     cost, most = report["lines"]["cost_per_1k_requests"], settings.task.target_cost_per_1k
     golden = report["results"].get("golden", {}).get("fine_tuned")
@@ -110,8 +110,8 @@ def _measured(settings, report: dict) -> list[Gate]:
 
 
 def _of_type(settings, report: dict) -> list[Gate]:
-    target, own = report["contract"]["target"], settings.evaluate
-    positive, negative = own.false_positive_target, own.false_negative_target
+    target, own = report["contract"]["target"], settings.gates
+    positive, negative = own.false_positive_rate, own.false_negative_rate
     rules = {
         "extraction": [
             ("record_parse_rate", 0.995, ">= 99.5%"), ("field_f1", target, f">= {target:g}"),

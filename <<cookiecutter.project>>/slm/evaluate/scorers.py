@@ -32,6 +32,7 @@ class Score(BaseModel):
     completion_tokens: int = 0
     finish_reason: str = "stop"
     text: str = ""
+    confidence: float | None = None
 
 
 def score_row(contract: Contract, row: Row, answer) -> Score:

@@ -29,6 +29,8 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str = "stop"  # "stop", "length" or "error"
+    first_token_s: float | None = None  # time to the first token; None where nobody measured it
+    pieces: tuple[tuple[str, float], ...] = ()  # each generated token: its text and its log probability, where known
 
 
 class Model(Protocol):

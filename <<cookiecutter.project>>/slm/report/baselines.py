@@ -57,7 +57,7 @@ Written by `02_baseline`, before any training.
 
 * **Primary metric:** `{name}`, target {contract.target:g}. {_MEANING.get(name, "")}
 * **Also reported:** {", ".join(f"`{n}`" for n in metric_names(contract)[1:])}, accuracy per field, latency, cost.
-* **Critical fields:** {", ".join(f"`{c}`" for c in contract.critical) or "none named"}. A golden row with one of them wrong is a critical failure; {own.critical_failures_allowed} are allowed.
+* **Critical fields:** {", ".join(f"`{c}`" for c in contract.critical) or "none named"}. A golden row with one of them wrong is a critical failure; {settings.gates.critical_failures} are allowed.
 * **Reading an answer:** strict, the whole text must be the JSON value. The lenient rate (first object found in the text) stands beside it and decides nothing.
 * **Intervals:** {own.confidence:.0%}. Wilson for shares of rows; the percentile bootstrap over rows ({own.resamples} resamples, seed 0) for the rest.
 * **Comparisons:** paired, on the same rows: bootstrap of the difference, and McNemar's exact test on exact match. "Better" needs an interval above zero and at least {FEW} rows. No correction is made for comparing against several baselines: the one that counts is the best.
