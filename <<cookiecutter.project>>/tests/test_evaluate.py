@@ -199,7 +199,7 @@ def test_macro_f1_equals_scikit_learn():
 
     rng = random.Random(0)
     want, got = [rng.choice("abc") for _ in range(200)], [rng.choice("abcd") for _ in range(200)]
-    mine = table_statistic(want, got)(np.arange(200)[None])[0]
+    mine = table_statistic(list(zip(want, got, strict=True)))(np.arange(200)[None])[0]
     assert mine == pytest.approx(f1_score(want, got, labels=list("abc"), average="macro", zero_division=0))
 
 
@@ -222,7 +222,7 @@ def test_shuffled_labels_fall_to_chance():
 def test_confusion_matrix_counts_every_row_and_names_the_unreadable():
     """Guards against unreadable answers that vanish from the matrix."""
     rows = ticket_rows(9)
-    found = confusion(scores(CONTRACT, rows, [r.answer for r in rows[:8]] + ["no idea"]), CONTRACT)
+    found = confusion(scores(CONTRACT, rows, [r.answer for r in rows[:8]] + ["no idea"]))
     assert np.sum(found["counts"]) == 9 and found["labels"][-1] == "(unreadable)"
 
 

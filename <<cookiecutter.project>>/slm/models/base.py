@@ -118,7 +118,7 @@ def larger(settings) -> Model | None:
 
 
 def alone(model: Model, prompts: Iterable[Prompt], n: int = 8) -> list[Answer]:
-    """The answers to lone requests, one at a time after one warm-up, uncached: what a lone caller waits."""
+    """The answers to one request at a time after one warm-up, uncached: what a lone caller waits and gets."""
     picked = list(prompts)[:n]
     model.answer(picked[:1])
     return [model.answer([prompt])[0] for prompt in picked]
