@@ -147,13 +147,10 @@ def table_statistic(labels: Sequence[tuple[str, str]], name: str = "macro_f1") -
     cells = np.array([code[want] * k + code[got] for want, got in labels])
 
     def statistic(rows):
-        found = []
-        for part in np.array_split(rows, -(-len(rows) // 100)):  # a hundred draws at a time, for the memory
-            flat = cells[part] + np.arange(len(part))[:, None] * k * k
-            table = np.bincount(flat.ravel(), minlength=len(part) * k * k).reshape(-1, k, k)
-            want, got, hit = table.sum(2), table.sum(1), np.diagonal(table, axis1=1, axis2=2)
-            found.append((TABLES[name](hit, want, got) * (want > 0)).sum(1) / (want > 0).sum(1))
-        return np.concatenate(found)
+        flat = cells[rows] + np.arange(len(rows))[:, None] * k * k
+        table = np.bincount(flat.ravel(), minlength=len(rows) * k * k).reshape(-1, k, k)
+        want, got, hit = table.sum(2), table.sum(1), np.diagonal(table, axis1=1, axis2=2)
+        return (TABLES[name](hit, want, got) * (want > 0)).sum(1) / (want > 0).sum(1)
 
     return statistic
 
@@ -260,14 +257,12 @@ def evaluate(
         picked = rows[::step][: settings.evaluate.latency_requests]
         prompts = [Prompt(prompt_messages(contract, row, shots), most, schema) for row in picked]
         answers = alone(model, prompts, n=len(prompts))
-        waits = [a.latency_s for a in answers]
+        waits, tokens = [a.latency_s for a in answers], sum(a.completion_tokens for a in answers)
         firsts = [a.first_token_s for a in answers if a.first_token_s is not None]
-        p50, p95, p99 = map(float, np.percentile(waits, [50, 95, 99]))
-        result.latency_p50_s, result.latency_p95_s, result.latency_p99_s = p50, p95, p99
         result.first_token_s = float(np.median(firsts)) if firsts else None
-        tokens = sum(a.completion_tokens for a in answers)
+        result.latency_p50_s, result.latency_p95_s, result.latency_p99_s = map(float, np.percentile(waits, [50, 95, 99]))
         result.tokens_per_second = tokens / sum(waits) if tokens else None
-        result.memory_mb = getattr(model, "memory_mb", None)  # programs and endpoints have none
+        result.memory_mb = getattr(model, "memory_mb", None)  # a program or an endpoint has none
         result.cost_per_1k_requests = cost_per_1k(settings, result, endpoint)
     return result
 

@@ -15,28 +15,17 @@ RUBRIC = ("fidelity", "task", "clarity")
 TASK = """You judge answers to this task: {task}
 Goal: {goal}
 Not acceptable: {faults}
-
-INPUT
-{input}
-
-REFERENCE (one good answer among others)
-{reference}
+INPUT: {input}
+REFERENCE (one good answer among others): {reference}
 """
-RATE = """
-ANSWER
-{answer}
-
+RATE = """ANSWER: {answer}
 Give whole numbers from 1 (useless) to 5 (nothing to mend): fidelity (nothing added, lost or twisted), task (it does what
 is asked), clarity (short, plain, no fault of language). Reply with JSON only: {{"fidelity": 1, "task": 1, "clarity": 1}}"""
-CHOOSE = """
-ANSWER 1
-{first}
-
-ANSWER 2
-{second}
-
+CHOOSE = """ANSWER 1: {first}
+ANSWER 2: {second}
 Which answer does the task better? Order and length do not count. Reply with JSON only: {{"better": 1}} or {{"better": 2}},
 or {{"better": 0}} when neither is better."""
+OUTCOMES = {(1, 2): "wins", (2, 1): "losses"}  # what the judge said in both orders; the candidate is shown first, then second
 
 
 class Preference(BaseModel):
@@ -77,19 +66,19 @@ def prefer(
     orders = [(row, *pair) for pair in ((mine, other), (other, mine)) for row in rows]
     texts = [_task(contract, row) + CHOOSE.format(first=a[row.id], second=b[row.id]) for row, a, b in orders]
     picks = [_number(reply, "better", 0, 2) for reply in _replies(judge, texts)]
-    read = {row.id: pair for row, *pair in zip(rows, picks[: len(rows)], picks[len(rows) :], strict=True) if None not in pair}
-    found = {
-        "wins": [i for i, pair in read.items() if pair == [1, 2]], "losses": [i for i, pair in read.items() if pair == [2, 1]],
-        "ties": [i for i, pair in read.items() if pair not in ([1, 2], [2, 1])],
-        "unread": [row.id for row in rows if row.id not in read],
-    }  # fmt: skip
+    both = {row.id: pair for row, *pair in zip(rows, picks, picks[len(rows) :], strict=False)}
+    read = {row_id: (a, b) for row_id, (a, b) in both.items() if None not in (a, b)}
+    kinds = {row_id: OUTCOMES.get(pair, "ties") for row_id, pair in read.items()}
+    found = {kind: [i for i, own in kinds.items() if own == kind] for kind in ("wins", "losses", "ties")}
+    found["unread"] = [row_id for row_id in both if row_id not in read]
+    won, lost = len(found["wins"]), len(found["losses"])
     values = {
-        "win_rate": [0.5 if a == b or not a * b else float(a == 1) for a, b in read.values()],
-        "consistency": [float(pair in ([1, 2], [2, 1], [0, 0])) for pair in read.values()],
+        "win_rate": [{"wins": 1.0, "ties": 0.5, "losses": 0.0}[kind] for kind in kinds.values()],
+        "consistency": [float(pair == (0, 0) or pair in OUTCOMES) for pair in read.values()],
         "first_rate": [float(pick == 1) for pair in read.values() for pick in pair if pick],
     }
     # Rows in which the same place won in both orders: an even-handed judge has as many of the first as of the second.
-    turned = [pair[0] for pair in read.values() if pair in ([1, 1], [2, 2])]
+    turned = [a for a, b in read.values() if a == b != 0]
     first, warnings = turned.count(1), []
     if turned and binomtest(first, len(turned)).pvalue < 0.05:
         which, count = ("first", first) if 2 * first > len(turned) else ("second", len(turned) - first)
@@ -97,7 +86,6 @@ def prefer(
                         f"{len(read)} rows; these count as ties.")  # fmt: skip
     if found["unread"]:
         warnings.append(f"{len(found['unread'])} of {len(rows)} replies of the judge cannot be read; these rows are left out.")
-    won, lost = len(found["wins"]), len(found["losses"])
     return Preference(
         judge=judge.name, **found, **{k: interval(v, own.resamples, own.confidence) for k, v in values.items()},
         sign_p=float(binomtest(won, won + lost).pvalue) if won + lost else 1.0, warnings=warnings,
