@@ -851,7 +851,7 @@ def test_replies_that_cannot_be_read_are_left_out_and_named():
     rows, mine = rewrites(10, lambda i: f"a{i}")
     _, other = rewrites(10, lambda i: "b")
     found = prefer(SETTINGS, REWRITE, rows, mine, other, judge(lambda a, b: "both are nice" if "a3" in a + b else 1 + ("a" not in a)))
-    assert found.unread == ["r3"] and len(found.wins) == 9 and "1 of 10 replies" in found.warnings[0]
+    assert found.unread == ["r3"] and len(found.wins) == 9 and "1 of 10 rows" in found.warnings[0]
 
 
 def test_rubric_notes_become_a_score_and_a_broken_answer_has_none():

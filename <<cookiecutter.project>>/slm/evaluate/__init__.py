@@ -10,8 +10,8 @@ from slm.evaluate.release import Gate, check, failures, load_report, sign_off
 from slm.evaluate.scorers import Score, score_row
 
 __all__ = [
-    "Comparison", "Gate", "Metric", "Preference", "Result", "Score", "add_rubric", "check", "check_sets", "choose_shots",
-    "compare_results", "detectable_difference", "evaluate", "failures", "gap_closed", "load_baselines",
+    "Comparison", "Gate", "Metric", "Preference", "Result", "Score", "add_rubric", "check", "check_sets",
+    "choose_shots", "compare_results", "detectable_difference", "evaluate", "failures", "gap_closed", "load_baselines",
     "load_candidate", "load_report", "measure", "open_sets", "paired", "prefer", "require_baselines", "run_baseline",
     "run_baselines", "run_candidate", "save_baselines", "score_row", "seed_rows", "seeds", "sign_off", "take",
 ]  # fmt: skip

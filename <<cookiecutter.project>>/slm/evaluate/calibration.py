@@ -51,10 +51,12 @@ def reliability(scores: Sequence, contract: Contract) -> dict:
     sure, right = sureness(scores, contract)
     if not len(sure):
         return {}
-    found = [{"low": b / BINS, "high": (b + 1) / BINS, "confidence": None, "accuracy": None, "n": 0} for b in range(BINS)]
+    empty = {"confidence": None, "accuracy": None, "n": 0}
+    found = [{"low": b / BINS, "high": (b + 1) / BINS, **empty} for b in range(BINS)]
     for b in np.unique(bins_of(sure)):
         here = bins_of(sure) == b
-        found[b] |= {"confidence": float(sure[here].mean()), "accuracy": float(right[here].mean()), "n": int(here.sum())}
+        mean, hit = float(sure[here].mean()), float(right[here].mean())
+        found[b] |= {"confidence": mean, "accuracy": hit, "n": int(here.sum())}
     ece = float(ece_statistic(sure, right)(np.arange(len(sure))[None])[0])
     return {"ece": ece, "brier": float(((sure - right) ** 2).mean()), "n": len(sure), "bins": found}
 

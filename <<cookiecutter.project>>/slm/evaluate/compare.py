@@ -96,9 +96,9 @@ def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Cont
 
 
 def gap_closed(tuned: Result, base: Result, larger: Result, contract: Contract, settings) -> Metric | None:
-    """(tuned - base) / (larger - base) in the primary metric with its paired bootstrap interval; 1: as good as the larger
-    model. None when the larger one is not shown to be better than the base: there is no gap to close. Raises SlmError
-    when the three do not stand on the same rows."""
+    """(tuned - base) / (larger - base) in the primary metric with its paired bootstrap interval; 1: as good as the
+    larger model. None when the larger one is not shown to be better than the base: there is no gap to close. Raises
+    SlmError when the three do not stand on the same rows."""
     import numpy as np
 
     if compare_results(larger, base, contract, settings).outcome != "better":

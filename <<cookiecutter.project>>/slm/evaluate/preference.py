@@ -19,13 +19,13 @@ INPUT: {input}
 REFERENCE (one good answer among others): {reference}
 """
 RATE = """ANSWER: {answer}
-Give whole numbers from 1 (useless) to 5 (nothing to mend): fidelity (nothing added, lost or twisted), task (it does what
-is asked), clarity (short, plain, no fault of language). Reply with JSON only: {{"fidelity": 1, "task": 1, "clarity": 1}}"""
+Give whole numbers from 1 (useless) to 5 (nothing to mend): fidelity (nothing added, lost or twisted), task (it does
+what is asked), clarity (short, plain, good language). Reply with JSON only: {{"fidelity": 1, "task": 1, "clarity": 1}}"""
 CHOOSE = """ANSWER 1: {first}
 ANSWER 2: {second}
-Which answer does the task better? Order and length do not count. Reply with JSON only: {{"better": 1}} or {{"better": 2}},
-or {{"better": 0}} when neither is better."""
-OUTCOMES = {(1, 2): "wins", (2, 1): "losses"}  # what the judge said in both orders; the candidate is shown first, then second
+Which answer does the task better? Order and length do not count. Reply with JSON only: {{"better": 1}}, {{"better": 2}}
+or, when neither is better, {{"better": 0}}."""
+OUTCOMES = {(1, 2): "wins", (2, 1): "losses"}  # the judge's picks: the candidate stands first, then second
 
 
 class Preference(BaseModel):
@@ -57,8 +57,8 @@ def judge_model(settings):
 def prefer(
     settings, contract: Contract, rows: Sequence[Row], candidate: Sequence[Score], baseline: Sequence[Score], judge=None
 ) -> Preference:  # fmt: skip
-    """Ask the judge which of two answers is better, row by row and in both orders. Rows with a reply that cannot be read
-    are left out and named; a judge that goes by the order is named in `warnings`."""
+    """Ask the judge which of two answers is better, row by row and in both orders. Rows with a reply that cannot be
+    read are left out and named; a judge that goes by the order is named in `warnings`."""
     from scipy.stats import binomtest
 
     judge, own = judge or judge_model(settings), settings.evaluate
@@ -85,7 +85,7 @@ def prefer(
         warnings.append(f"position bias: {judge.name} prefers the answer shown {which}, whichever it is, in {count} of "
                         f"{len(read)} rows; these count as ties.")  # fmt: skip
     if found["unread"]:
-        warnings.append(f"{len(found['unread'])} of {len(rows)} replies of the judge cannot be read; these rows are left out.")
+        warnings.append(f"{len(found['unread'])} of {len(rows)} rows left out: the judge's reply cannot be read.")
     return Preference(
         judge=judge.name, **found, **{k: interval(v, own.resamples, own.confidence) for k, v in values.items()},
         sign_p=float(binomtest(won, won + lost).pvalue) if won + lost else 1.0, warnings=warnings,
@@ -96,14 +96,15 @@ def add_rubric(settings, contract: Contract, rows: Sequence[Row], scores: Sequen
     """Give each score its `rubric_score`, the mean of the judge's notes, 1 to 5 as 0 to 1. An answer that breaks the
     contract has 0 unseen; a reply that cannot be read leaves the row without one. Raises SlmError when none can be."""
     shown = [(row, s) for row, s in zip(rows, scores, strict=True) if s.parsed is not None]
-    replies = _replies(judge or judge_model(settings), [_task(contract, row) + RATE.format(answer=s.text) for row, s in shown])
+    texts = [_task(contract, row) + RATE.format(answer=score.text) for row, score in shown]
+    replies = _replies(judge or judge_model(settings), texts)
     notes = [[_number(reply, name, 1, 5) for name in RUBRIC] for reply in replies]
     if notes and all(None in own for own in notes):
         raise SlmError(f"evaluate.judge: no reply can be read; the first is {replies[0][:80]!r}. Set another judge.")
-    given = {s.row_id: None if None in own else (sum(own) / len(own) - 1) / 4 for (_, s), own in zip(shown, notes, strict=True)}
+    given = {s.row_id: own for (_, s), own in zip(shown, notes, strict=True)}
     for score in scores:
-        if (share := given.get(score.row_id, 0.0)) is not None:
-            score.shares["rubric_score"] = share
+        own = given.get(score.row_id, [1])
+        score.shares |= {} if None in own else {"rubric_score": (sum(own) / len(own) - 1) / 4}
         score.value = mean_share(score.shares.get(contract.primary_metric, 0.0))
 
 
