@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +15,10 @@ from slm.rows import Row, explain
 TASK_TYPES = (
     "classification", "extraction", "json_generation", "tool_calling", "rewriting", "qa", "review", "planning", "safety",
 )  # fmt: skip
+LABELLED = ("classification", "safety", "tool_calling")
+FIELDS = {
+    "tool_calling": ("arguments",), "rewriting": ("text",), "qa": ("answer", "citations"), "planning": ("steps.tool",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,10 @@ class Contract:
 
     `output` is a pydantic model; from it come the JSON schema, the parser and the canonical text.
     `label_field` is the field that names the category, `null_label` its value for "nothing to do here".
-    `target` is the least value of `primary_metric` (0 to 1) that would be released.
+    `target` is the least value of `primary_metric` (0 to 1) that would be released. `issue_key` names the keys that
+    identify an issue (review). `execute(value)` raises when a call or plan does not run (tool_calling, planning);
+    `constraints(input text, value)` says which constraints the output keeps (rewriting). Every task type has its
+    fields, see FIELDS; safety also needs `null_label`, the label of what is allowed.
     """
 
     name: str
@@ -45,12 +53,28 @@ class Contract:
     null_label: str | None = None
     unsafe_labels: tuple[str, ...] = ()
     brief: dict[str, str] = field(default_factory=dict)
+    issue_key: tuple[str, ...] = ("rule",)
+    execute: Callable[[dict], object] | None = None
+    constraints: Callable[[str, dict], dict[str, bool]] | None = None
 
     def __post_init__(self):
         if self.task_type not in TASK_TYPES:
             raise SlmError(f"task/contract.py: task_type {self.task_type!r} is not one of {', '.join(TASK_TYPES)}.")
         if not self.system_prompt.strip():
             raise SlmError("task/contract.py: system_prompt is empty; write the one sentence that states the task.")
+        here, own = f"task/contract.py: a {self.task_type} contract", self.properties()
+        if self.task_type in LABELLED and not self.label_field:
+            raise SlmError(f"{here} needs label_field, the name of the field that holds the label.")
+        if self.task_type == "safety" and self.null_label is None:
+            raise SlmError(f"{here} needs null_label, the label of what is allowed; every other one is a violation.")
+        needed = [*FIELDS.get(self.task_type, ()), *([self.label_field] if self.label_field else [])]
+        needed += [f"issues.{key}" for key in self.issue_key] if self.task_type == "review" else []
+        for name in needed:
+            there = own
+            for key in name.split("."):
+                if key not in there:
+                    raise SlmError(f"{here} needs the output field `{name}`; there are: {', '.join(there) or 'none'}.")
+                there = self.properties(there[key])
 
     @cached_property
     def schema(self) -> dict:
@@ -84,6 +108,18 @@ class Contract:
             raise SlmError(f"the value breaks the contract {self.name}: {explain(error)}.") from None
         return json.dumps(model.model_dump(exclude_unset=True), ensure_ascii=False, separators=(",", ":"))
 
+    def nodes(self, node: dict) -> list[dict]:
+        """A node of the schema with all that it may stand for: references, alternatives, a list's items."""
+        found = [node]
+        for part in found:  # grows while it is read
+            found += [self.schema["$defs"][part["$ref"].rsplit("/", 1)[1]]] if "$ref" in part else []
+            found += [*part.get("anyOf", []), *part.get("oneOf", []), *([part["items"]] if part.get("items") else [])]
+        return found
+
+    def properties(self, node: dict | None = None) -> dict[str, dict]:
+        """Name -> schema of the fields of a node (none: of the output), or of a list's objects."""
+        return {k: v for part in self.nodes(node or self.schema) for k, v in part.get("properties", {}).items()}
+
     @property
     def outline(self) -> str:
         """The output in words, a line a field (a block an alternative): shorter in a prompt than the JSON schema."""
@@ -106,7 +142,8 @@ class Contract:
         if "properties" not in self.schema:  # a union: one alternative a line
             return "\n".join(values(option) for option in self.schema.get("oneOf", self.schema.get("anyOf", [])))
         return "\n".join(
-            f"{name}: {values(node)}. {node.get('description', '')}".rstrip() for name, node in self.schema["properties"].items()
+            f"{name}: {values(node)}. {node.get('description', '')}".rstrip()
+            for name, node in self.schema["properties"].items()
         )
 
     def prompt(self, text: str) -> list[dict]:
