@@ -9,7 +9,7 @@ import pytest
 from slm.errors import SlmError
 from slm.models import Answer, Prompt, alone
 from slm.models.cache import CachedModel
-from slm.models.hf import common_prefix
+from slm.models.base import common_prefix
 from slm.models.openai_api import OpenAIModel
 from slm.models.program import ProgramModel
 from slm.settings import Endpoint
@@ -68,7 +68,7 @@ def test_another_fingerprint_is_another_answer(tmp_path):
 def test_a_program_answers_the_last_user_message():
     """Guards against a baseline that is shown the few-shot examples instead of the question."""
     model = ProgramModel("upper", str.upper)
-    assert model.answer([prompt("hi")])[0].text == "HI" and len(alone(model, [prompt("a"), prompt("b")])) == 2
+    assert model.answer([prompt("hi")])[0].text == "HI" and [a.text for a in alone(model, [prompt("a"), prompt("b")])] == ["A", "B"]
 
 
 @pytest.mark.parametrize(
