@@ -17,8 +17,7 @@ class HFModel:
 
     def __init__(self, folder: Path, weights: str, adapter: Path | None = None, batch_size: int = 16):
         import torch
-        from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
-        from transformers.masking_utils import sdpa_mask
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from slm.registry import file_hash
 
@@ -42,6 +41,17 @@ class HFModel:
         ends = self.model.generation_config.eos_token_id
         self._ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
         self._guide = self.memory_mb = None
+        self._fold()
+        trained = "".join(file_hash(f)[:8] for f in sorted(Path(adapter).glob("*.safetensors"))) if adapter else ""
+        self.name = Path(adapter or folder).name
+        self.fingerprint = f"hf3 {weights} {trained} {hash_text(self.tokenizer.chat_template)}"
+        self._batch = batch_size
+
+    def _fold(self) -> None:
+        """Switch to the attention below where it is the family's own."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
         config = self.model.config
         window = getattr(config, "sliding_window", None) or config.max_position_embeddings
         self._folds = config.model_type in FOLDS and window >= config.max_position_embeddings
@@ -49,10 +59,6 @@ class HFModel:
             AttentionInterface.register("slm_folded", _folded)
             AttentionMaskInterface.register("slm_folded", sdpa_mask)
             self.model.set_attn_implementation("slm_folded")
-        trained = "".join(file_hash(f)[:8] for f in sorted(Path(adapter).glob("*.safetensors"))) if adapter else ""
-        self.name = Path(adapter or folder).name
-        self.fingerprint = f"hf3 {weights} {trained} {hash_text(self.tokenizer.chat_template)}"
-        self._batch = batch_size
 
     def render(self, messages: list[dict]) -> str:
         """The chat as the model sees it, ready for its answer; without thinking, as it was trained."""
