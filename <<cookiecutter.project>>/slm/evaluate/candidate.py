@@ -6,11 +6,12 @@ from pathlib import Path
 from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate.baselines import check_sets, take
+from slm.evaluate.baselines import check_sets, not_held, take
 from slm.evaluate.metrics import Result, evaluate, read_results
 from slm.rows import Row, read_rows, write_json
 
 NAME = "fine_tuned"
+CONSTRAINED = "fine_tuned_constrained"
 
 
 def open_sets(settings, contract: Contract) -> dict[str, list[Row]]:
@@ -25,18 +26,48 @@ def open_sets(settings, contract: Contract) -> dict[str, list[Row]]:
     return {name: take(settings, sets[name]) for name in names}
 
 
+def training_rows(settings) -> list[Row]:
+    """The rows that the run was trained on, for the classical baseline. Raises SlmError when data/accepted/train.jsonl
+    holds others by now."""
+    file, run = settings.path("data/accepted/train.jsonl"), settings.run_id
+    trained = registry.latest(settings, "runs", stage="train", status="completed", run_id=run)
+    version = trained and trained["parents"]["dataset"]
+    record = registry.latest(settings, "datasets", version=version)
+    if not file.is_file() or not record or record["split"]["files"]["train"] != registry.file_hash(file)[:16]:
+        what = f"not the training split of dataset {version}, which run {run} was trained on"
+        raise SlmError(f"data/accepted/train.jsonl: {what}; run 05_train again, or bring that split back (04_curate).")
+    return read_rows(file)
+
+
 def run_candidate(settings, contract: Contract, model, sets: dict[str, list[Row]], endpoint=None) -> list[Result]:
-    """The model on every set with the contract's own prompt, timed on dev; kept for 07 in `scores.json` of the run."""
-    results = [
-        evaluate(settings, contract, model, rows, set=set, name=NAME, latency=set == "dev", endpoint=endpoint)
-        for set, rows in sets.items()
-    ]
+    """The model on every set with the contract's own prompt, then held to the schema where that is measured; timed on
+    dev, kept for 07 and 08 in `scores.json` of the run."""
+    results = []
+    for name, set in [(name, set) for name in (NAME, CONSTRAINED) for set in sets]:
+        held, how = name == CONSTRAINED, {"set": set, "name": name, "latency": set == "dev", "endpoint": endpoint}
+        try:
+            if held and (reason := not_held(settings, set)):
+                raise SlmError(reason)
+            results.append(evaluate(settings, contract, model, sets[set], constrained=held, **how))
+        except SlmError as error:  # a schema that the model cannot be held to is no reason to lose the rest
+            if not held:
+                raise
+            results.append(Result(name=name, set=set, reason=str(error)))
     write_json(scores_file(settings, settings.run_id), [r.model_dump() for r in results])
     return results
 
 
+def add_results(settings, results: Sequence[Result]) -> list[Result]:
+    """Put more results into the run's `scores.json`, in place of those of the same name and set; returns all."""
+    new = {(r.set, r.name) for r in results}
+    kept = [r for r in load_candidate(settings, settings.run_id) if (r.set, r.name) not in new]
+    write_json(scores_file(settings, settings.run_id), [r.model_dump() for r in [*kept, *results]])
+    return [*kept, *results]
+
+
 def load_candidate(settings, run_id: str) -> list[Result]:
-    """The fine-tuned model's results of a run, scores included. Raises SlmError when 06 was not run for it."""
+    """A run's results, scores included: the fine-tuned model's, and after 08 its files'. Raises SlmError when 06 was
+    not run for it."""
     file = scores_file(settings, run_id)
     if not file.is_file():
         raise SlmError(f"{file}: run {run_id} has no scores yet; run 06_evaluate first.")

@@ -203,19 +203,20 @@ def confusion(scores: Sequence[Score], contract: Contract) -> dict:
 
 def evaluate(
     settings, contract: Contract, model, rows: Sequence[Row], *, set: str, name: str, shots: Sequence[dict] = (),
-    latency: bool = False, endpoint=None,
+    latency: bool = False, endpoint=None, constrained: bool = False,
 ) -> Result:  # fmt: skip
     """Ask, score and measure one model on one set; answers come from the cache where they can. `latency=True` also
     times `evaluate.latency_requests` lone requests, uncached. `endpoint` holds the prices of a hosted model; without it
     a request costs its share of the machine's hourly rate."""
     from slm.models import Prompt, alone, cached
 
-    scores = answer_rows(cached(model, settings), rows, contract, settings.evaluate.max_new_tokens, shots)
+    schema = contract.schema if constrained else None
+    scores = answer_rows(cached(model, settings), rows, contract, settings.evaluate.max_new_tokens, shots, schema)
     file = settings.path(f"data/eval/{set}.jsonl")
     result = Result(
         name=name, set=set, model=model.name, fingerprint=model.fingerprint, contract_hash=contract.schema_hash,
         set_hash=file_hash(file) if file.is_file() else "", metrics=measure(scores, contract, settings),
-        slices=by_slice(scores, rows, settings), confusion=confusion(scores, contract), scores=scores,
+        slices=by_slice(scores, rows, settings), confusion=confusion(scores, contract), scores=scores, constrained=constrained,
         prompt_tokens=sum(s.prompt_tokens for s in scores) / max(1, len(scores)),
         completion_tokens=sum(s.completion_tokens for s in scores) / max(1, len(scores)),
     )  # fmt: skip
@@ -224,7 +225,8 @@ def evaluate(
 
         step = max(1, len(rows) // settings.evaluate.latency_requests)
         picked = list(range(0, len(rows), step))[: settings.evaluate.latency_requests]
-        prompts = [Prompt(prompt_messages(contract, rows[i], shots), settings.evaluate.max_new_tokens) for i in picked]
+        most = settings.evaluate.max_new_tokens
+        prompts = [Prompt(prompt_messages(contract, rows[i], shots), most, schema) for i in picked]
         waits = alone(model, prompts, n=len(prompts))
         result.latency_p50_s, result.latency_p95_s = (float(q) for q in np.percentile(waits, [50, 95]))
         tokens = sum(scores[i].completion_tokens for i in picked)

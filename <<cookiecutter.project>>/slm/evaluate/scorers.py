@@ -60,11 +60,11 @@ def score_row(contract: Contract, row: Row, answer) -> Score:
     return score
 
 
-def answer_rows(model, rows: Sequence[Row], contract: Contract, max_tokens: int, shots: Sequence[dict] = ()):
+def answer_rows(model, rows: Sequence[Row], contract: Contract, max_tokens: int, shots: Sequence[dict] = (), schema=None):
     """Ask `model` every row and judge the answers: the Scores, in order. `shots`: the messages of a better prompt."""
     from slm.models import Prompt
 
-    prompts = [Prompt(prompt_messages(contract, row, shots), max_tokens) for row in rows]
+    prompts = [Prompt(prompt_messages(contract, row, shots), max_tokens, schema) for row in rows]
     return [score_row(contract, r, a) for r, a in zip(rows, model.answer(prompts), strict=True)]
 
 

@@ -33,7 +33,7 @@ def build(
         mine.set: {
             key: paired(mine.scores, other.scores, contract, settings)
             for key, other in others.get(mine.set, {}).items() if other.ran
-        } for mine in candidate
+        } for mine in candidate if mine.name == "fine_tuned"
     }  # fmt: skip
     headline = "test" if "test" in compared else "dev"
     if not compared.get(headline):
@@ -47,7 +47,8 @@ def build(
         {
             "set": r.set, "row_id": s.row_id, "kind": row.meta.kind, "critical": not s.critical_ok, "user": row.user,
             "expected": s.expected, "text": s.text, "explanation": s.explanation,
-        } for r in candidate for s, row in zip(r.scores, sets[r.set], strict=True) if not s.exact
+        } for r in candidate if r.name == "fine_tuned"
+        for s, row in zip(r.scores, sets[r.set], strict=True) if not s.exact
     ]  # fmt: skip
     report = {
         "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash, "headline_set": headline,
@@ -59,7 +60,7 @@ def build(
         "dataset_version": train and train["parents"]["dataset"], "versions": versions(),
         "sets": {
             r.set: {"hash": r.set_hash, "n": len(r.scores), "looks": sum(look["set"] == r.set for look in looks)}
-            for r in candidate
+            for r in candidate if r.name == "fine_tuned"
         },
         "verdict": verdict(contract, mine, compared[headline]),
         "lines": {

@@ -7,8 +7,11 @@ from slm.evaluate.release import Gate
 from slm.rows import Row
 
 TITLES = {
-    "majority": "majority", "rules": "rule program", "base": "base model", "prompted_base": "base, better prompt",
-    "fine_tuned": "fine-tuned", "larger": "larger model",
+    "majority": "majority", "rules": "rule program", "classical": "classical model", "base": "base model",
+    "prompted_base": "base, better prompt", "prompted_constrained": "base, better prompt, constrained",
+    "rag": "base with retrieval", "larger": "larger model", "fine_tuned": "fine-tuned",
+    "fine_tuned_constrained": "fine-tuned, constrained", "f16": "file f16", "q8_0": "file q8_0",
+    "q5_k_m": "file q5_k_m", "q4_k_m": "file q4_k_m",
 }  # fmt: skip
 
 
