@@ -82,11 +82,12 @@ def choose_shots(rows: Sequence[Row], contract: Contract, count: int) -> list[Ro
 
 def run_baseline(
     settings, contract: Contract, name: str, rows: Sequence[Row], set: str, *, predict: Callable[[str], dict],
-    fewshot: Callable, latency: bool = True, train: Sequence[Row] = (),
+    fewshot: Callable, latency: bool = True, train: bool = False,
 ) -> Result:  # fmt: skip
     """One baseline on one set. `predict` is the rule program, `fewshot(contract, seed rows)` gives the better prompt's
-    messages, `train` are the rows of the classical model (none: the seed rows). A baseline that does not apply, or
-    whose endpoint does not answer, gives a Result with the reason. Raises SlmError for evaluation rows in the prompt."""
+    messages; with `train` the classical model is fitted on the run's training rows, else on the seed rows. A baseline that
+    does not apply, or whose endpoint does not answer, gives a Result with the reason. Raises SlmError for evaluation rows
+    in the prompt."""
     if name not in NAMES:
         raise SlmError(f"--model {name}: there is no such baseline; choose one of {', '.join(NAMES)}.")
     return _run(settings, contract, name, rows, set, _opener(settings, contract, predict, train), fewshot, latency)
@@ -94,7 +95,7 @@ def run_baseline(
 
 def run_baselines(
     settings, contract: Contract, sets: dict[str, list[Row]], *, predict: Callable[[str], dict], fewshot: Callable,
-    known: Sequence[Result] = (), train: Sequence[Row] = (),
+    known: Sequence[Result] = (), train: bool = False,
 ) -> list[Result]:  # fmt: skip
     """Every baseline on every given set, set by set. Models in `known` that answered the same rows of the same file are
     not run again; only dev is timed. `train`: see `run_baseline`."""
@@ -149,7 +150,7 @@ def better_prompt(settings, contract: Contract, fewshot: Callable) -> list[dict]
     return shots
 
 
-def _opener(settings, contract: Contract, predict: Callable[[str], dict], train: Sequence[Row]) -> Callable:
+def _opener(settings, contract: Contract, predict: Callable[[str], dict], train: bool) -> Callable:
     """A function from a model's name to the model, which holds one at a time. It raises SlmError where there is none."""
     from slm import models
     from slm.models.program import ProgramModel
@@ -164,12 +165,23 @@ def _opener(settings, contract: Contract, predict: Callable[[str], dict], train:
             dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
             return ProgramModel(name, lambda text: dump(predict(text)), f"rules:{_source_hash(predict)}")
         if name == "classical":
-            return classical.fit(train or seed_rows(settings), contract, majority)
+            return classical.fit(training_rows(settings) if train else seed_rows(settings), contract, majority)
         if name == "larger" and not (larger := models.larger(settings)):
             raise SlmError("neither model.larger_gguf nor model.larger is set in project.yaml")
         return larger if name == "larger" else models.student(settings)
 
     return opened
+
+
+def training_rows(settings) -> list[Row]:
+    """The rows that the run was trained on. Raises SlmError when data/accepted/train.jsonl holds others by now."""
+    file, run = settings.path("data/accepted/train.jsonl"), settings.run_id
+    trained = registry.latest(settings, "runs", stage="train", status="completed", run_id=run)
+    version = trained and trained["parents"]["dataset"]
+    record = registry.latest(settings, "datasets", version=version)
+    if not file.is_file() or not record or record["split"]["files"]["train"] != registry.file_hash(file)[:16]:
+        raise SlmError(f"data/accepted/train.jsonl: not what run {run} was trained on (dataset {version}); train again")
+    return read_rows(file)
 
 
 def save_baselines(settings, contract: Contract, results: Sequence[Result]) -> Path:

@@ -26,19 +26,6 @@ def open_sets(settings, contract: Contract) -> dict[str, list[Row]]:
     return {name: take(settings, sets[name]) for name in names}
 
 
-def training_rows(settings) -> list[Row]:
-    """The rows that the run was trained on, for the classical baseline. Raises SlmError when data/accepted/train.jsonl
-    holds others by now."""
-    file, run = settings.path("data/accepted/train.jsonl"), settings.run_id
-    trained = registry.latest(settings, "runs", stage="train", status="completed", run_id=run)
-    version = trained and trained["parents"]["dataset"]
-    record = registry.latest(settings, "datasets", version=version)
-    if not file.is_file() or not record or record["split"]["files"]["train"] != registry.file_hash(file)[:16]:
-        what = f"not the training split of dataset {version}, which run {run} was trained on"
-        raise SlmError(f"data/accepted/train.jsonl: {what}; run 05_train again, or bring that split back (04_curate).")
-    return read_rows(file)
-
-
 def run_candidate(settings, contract: Contract, model, sets: dict[str, list[Row]], endpoint=None) -> list[Result]:
     """The model on every set with the contract's own prompt, then held to the schema where that is measured; timed on
     dev, kept for 07 and 08 in `scores.json` of the run."""
@@ -57,12 +44,11 @@ def run_candidate(settings, contract: Contract, model, sets: dict[str, list[Row]
     return results
 
 
-def add_results(settings, results: Sequence[Result]) -> list[Result]:
-    """Put more results into the run's `scores.json`, in place of those of the same name and set; returns all."""
-    new = {(r.set, r.name) for r in results}
-    kept = [r for r in load_candidate(settings, settings.run_id) if (r.set, r.name) not in new]
-    write_json(scores_file(settings, settings.run_id), [r.model_dump() for r in [*kept, *results]])
-    return [*kept, *results]
+def add_files(settings, results: Sequence[Result]) -> list[Result]:
+    """Put the results of the exported files into the run's `scores.json`, in place of an earlier export's; returns all."""
+    own = [r for r in load_candidate(settings, settings.run_id) if r.name in (NAME, CONSTRAINED)]
+    write_json(scores_file(settings, settings.run_id), [r.model_dump() for r in [*own, *results]])
+    return [*own, *results]
 
 
 def load_candidate(settings, run_id: str) -> list[Result]:
@@ -72,6 +58,13 @@ def load_candidate(settings, run_id: str) -> list[Result]:
     if not file.is_file():
         raise SlmError(f"{file}: run {run_id} has no scores yet; run 06_evaluate first.")
     return read_results(file, "06_evaluate")
+
+
+def scored_sets(settings, results: Sequence[Result]) -> dict[str, list[Row]]:
+    """The rows behind results, by set, as they were asked. No model is asked now: a test set among them is no new look."""
+    registry.check_locked(settings)
+    names = dict.fromkeys(r.set for r in results if r.ran)
+    return {name: take(settings, read_rows(settings.path(f"data/eval/{name}.jsonl"))) for name in names}
 
 
 def scores_file(settings, run_id: str) -> Path:

@@ -43,8 +43,8 @@ def fit(rows: Sequence[Row], contract: Contract, usual: Callable[[Sequence[Row],
         raise SlmError("the output has no label, choice or yes/no field to classify")
     values = [contract.flatten(contract.parse(row.answer).value) for row in rows]
     features = make_union(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
+        TfidfVectorizer(ngram_range=(1, 2), max_features=50_000, sublinear_tf=True),
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), max_features=100_000, sublinear_tf=True),
     )
     table, fixed, fitted = features.fit_transform([row.user for row in rows]), {}, {}
     for name in names:
