@@ -6,7 +6,7 @@ from pathlib import Path
 from slm import registry
 from slm.contract import Contract
 from slm.evaluate.compare import FEW, detectable_difference, spread
-from slm.evaluate.metrics import BY_TYPE, Result, metric_names
+from slm.evaluate.metrics import Result, metric_names
 from slm.evaluate.release import report_file
 from slm.report import plots, tables
 from slm.rows import Row, write_text
@@ -14,6 +14,16 @@ from slm.rows import Row, write_text
 _USES = {
     "dev": "every experiment", "test": "once, at the end", "adversarial": "robustness, safety",
     "golden": "release decision",
+}  # fmt: skip
+_SHOWN = {
+    "classification": ("accuracy", "macro_f1"), "extraction": ("exact_match", "field_f1", "critical_field_accuracy"),
+    "json_generation": ("json_parse_rate", "exact_key_match", "exact_match", "field_f1"),
+    "tool_calling": ("tool_name_accuracy", "required_argument_accuracy", "argument_accuracy", "executable_success"),
+    "rewriting": ("rubric_score", "constraint_pass_rate"),
+    "qa": ("answer_correctness", "citation_support", "hallucination_rate"),
+    "review": ("issue_f1", "false_positive_rate", "severity_accuracy"),
+    "planning": ("step_validity", "tool_sequence_accuracy", "execution_success"),
+    "safety": ("violation_recall", "false_refusal_rate", "jailbreak_resistance"),
 }  # fmt: skip
 _MEANING = {
     "field_f1": "Per row the share of fields exactly right, 0 when the answer breaks the schema; averaged over rows.",
@@ -25,9 +35,7 @@ _MEANING = {
 
 def columns(contract: Contract) -> list[str]:
     """The metrics of the summary tables: the primary one, those of the task type, and strict beside lenient reading."""
-    own = [n for n in BY_TYPE.get(contract.task_type, ()) if not n.endswith("parse_rate")]
-    named = ["macro_f1"] if contract.label_field else []
-    wanted = [contract.primary_metric, "exact_match", *named, *own, "schema_validity", "lenient_schema_validity"]
+    wanted = (contract.primary_metric, *_SHOWN[contract.task_type], "schema_validity", "lenient_schema_validity")
     return [n for n in dict.fromkeys(wanted) if n in metric_names(contract)]
 
 

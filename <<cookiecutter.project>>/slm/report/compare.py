@@ -1,7 +1,6 @@
 """Two runs on the sets they share: the paired difference of each model, and the rows that were fixed and broken."""
 
-from types import SimpleNamespace
-
+from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.candidate import by_set, load_candidate
 from slm.evaluate.compare import paired
@@ -17,8 +16,7 @@ def render(settings, a: str, b: str) -> str:
     if contracts[0]["hash"] != contracts[1]["hash"] or contracts[0]["primary_metric"] != contracts[1]["primary_metric"]:
         was, now = (f"{c['hash']} ({c['primary_metric']})" for c in contracts)
         raise SlmError(f"runs {a} and {b} do not compare: contract {was} against {now}; run 06_evaluate again for {a}.")
-    field = contracts[0].get("label_field")
-    contract = SimpleNamespace(**contracts[0], label=lambda value: value and value.get(field))
+    contract = _recorded(contracts[0])
     lines, changed, shared = [], [], [set for set in found[0] if set in found[1]]
     for set in shared:
         for name in [n for n in found[0][set] if n in found[1][set]]:
@@ -30,10 +28,11 @@ def render(settings, a: str, b: str) -> str:
                 )
             pair = paired(new.scores, old.scores, contract, settings)
             line = tables.comparisons({name: pair.model_dump()})[0]
-            lines.append({"set": set, "model": line.pop("against"), a: f"{pair.baseline:.3f}", b: f"{pair.candidate:.3f}", **line})
+            model = line.pop("against")
+            lines.append({"set": set, "model": model, a: f"{pair.baseline:.3f}", b: f"{pair.candidate:.3f}", **line})
             changed += [
-                {"set": set, "model": line["model"] if "model" in line else tables.title(name), "rows": what, "ids": ", ".join(ids)}
-                for what, ids in (("fixed", pair.fixed), ("broken", pair.broken)) if ids
+                {"set": set, "model": model, "rows": what, "ids": ", ".join(ids)}
+                for what, ids in (("fixed", pair.fixed), ("broken", pair.broken)) if ids and name not in tables.FILES
             ]  # fmt: skip
     if not lines:
         raise SlmError(f"runs {a} and {b} share no model on any set; run 06_evaluate for both.")
@@ -59,3 +58,10 @@ Square brackets: {settings.evaluate.confidence:.0%} interval of the paired diffe
 ## Rows that changed
 
 {tables.markdown(changed)}"""
+
+
+def _recorded(facts: dict) -> Contract:
+    """The contract as the report recorded it: scores are compared without the project's own code."""
+    contract = object.__new__(Contract)
+    contract.__dict__.update(facts)
+    return contract

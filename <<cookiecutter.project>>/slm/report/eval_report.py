@@ -31,6 +31,7 @@ def gap_closed(tuned, base, larger): return None
 def seeds(results): return None
 def other_seeds(settings, run_id): return []
 # END
+RECORDED = ("system_prompt", "schema", "label_field", "null_label", "unsafe_labels", "issue_key")
 WORST = 15  # failed rows shown side by side
 
 
@@ -56,7 +57,8 @@ def build(
         "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash, "headline_set": headline,
         "contract": {
             "name": contract.name, "task_type": contract.task_type, "primary_metric": name, "target": contract.target,
-            "critical": list(contract.critical), "label_field": contract.label_field, "hash": contract.schema_hash,
+            "critical": list(contract.critical), "hash": contract.schema_hash,
+            **{key: getattr(contract, key) for key in RECORDED if hasattr(contract, key)},
         },
         "model": {"base": settings.model.base, "name": mine.model, "fingerprint": mine.fingerprint},
         "dataset_version": train and train["parents"]["dataset"], "versions": versions(),
@@ -82,8 +84,10 @@ def build(
         },
         "comparisons": {set: {key: c.model_dump() for key, c in pairs.items()} for set, pairs in compared.items()},
         "constrained": {
-            set: {key: c.model_dump() for key, c in against(found[set], CONSTRAINED, contract, settings).items()}
-            for set in compared if CONSTRAINED in found[set]
+            set: {
+                key: c.model_dump() for key, c in against(found[set], CONSTRAINED, contract, settings).items()
+                if key == NAME or found[set][key].constrained
+            } for set in compared if CONSTRAINED in found[set]
         },
         "not_run": not_run(settings, contract, found, compared), "failures": failed,
     }  # fmt: skip
@@ -115,9 +119,9 @@ def failures(result: Result, rows: Sequence[Row], contract: Contract) -> list[di
         {"set": result.set, "row_id": s.row_id, "kind": row.meta.kind, "critical": not s.critical_ok} | (
             {} if result.set == "test" else {
                 "user": row.user, "expected": s.expected, "given": s.parsed or s.lenient_parsed, "text": s.text,
-                "value": s.value, "explanation": s.explanation,
+                "value": s.value, "explanation": s.explanation, "wrong": [n for n, right in s.fields.items() if not right],
             }
-        ) for s, row in sorted(wrong, key=lambda pair: (pair[0].critical_ok, pair[0].value))
+        ) for s, row in sorted(wrong, key=lambda pair: (pair[0].critical_ok, pair[0].value, sum(pair[0].fields.values())))
     ]  # fmt: skip
 
 
@@ -219,10 +223,10 @@ def write(settings, contract: Contract, report: dict, candidate: Sequence[Result
 
 
 def table(found: dict[str, dict[str, Result]], set: str) -> list[Result]:
-    """The models of one set in the order of the titles; what a lone request takes was measured on dev."""
+    """The models of one set in the order of the titles. Nothing is timed on test: its figures come from dev."""
     order = [k for k in tables.TITLES if k in found[set]] + [k for k in found[set] if k not in tables.TITLES]
-    timed = {key: found.get("dev", {}).get(key, found[set][key]) for key in order}
-    return [found[set][k].model_copy(update={field: getattr(timed[k], field) for field in TIMED}) for k in order]
+    timed = found["dev"] if set == "test" else found[set]
+    return [found[set][k].model_copy(update={f: getattr(timed.get(k, found[set][k]), f) for f in TIMED}) for k in order]
 
 
 def render(settings, contract: Contract, report: dict, found: dict, pictures: dict[str, Path]) -> str:
@@ -264,7 +268,7 @@ def render(settings, contract: Contract, report: dict, found: dict, pictures: di
     sets = [{"set": n, "rows": s["n"], "hash": s["hash"][:12], "looks": s["looks"]} for n, s in report["sets"].items()]
     parts += ["\n## Not run\n", tables.markdown(report["not_run"]), "\n## Made with\n", tables.markdown(sets),
               "\n" + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + "."]  # fmt: skip
-    return "\n".join(parts) + "\n"
+    return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
 def _against(report: dict) -> list[str]:
@@ -288,12 +292,12 @@ def _against(report: dict) -> list[str]:
 
 
 def _failure(failure: dict) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", failure["user"])), default=0))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", failure["user"] + failure["text"])), default=0))
     critical = ", critical" if failure["critical"] else ""
     body = f"### {failure['row_id']} ({failure['set']}, {failure['kind']}{critical})\n\n{fence}text\n"
     body += f"{failure['user'][:600]}\n{fence}\n\n{tables.markdown(tables.side_by_side(failure))}"
     if failure["given"] is None:
-        body += f"\n{fence}text\n{failure['text'][:300] or '(nothing)'}\n{fence}\n"
+        body += f"\nThe whole answer:\n\n{fence}text\n{failure['text'][:300] or '(nothing)'}\n{fence}\n"
     return body
 
 

@@ -16,10 +16,11 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bott
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem }
 h1 + p { padding: .8rem 1rem; background: var(--box); border-left: 4px solid var(--edge); font-size: 1.05rem }
 .wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; border: 1px solid var(--line); vertical-align: top; overflow-wrap: normal; min-width: 2ch }
-td { max-width: 26rem; white-space: pre-wrap; overflow-wrap: anywhere } th { background: var(--head); text-align: left }
+th, td { padding: .3rem .6rem; border: 1px solid var(--line); vertical-align: top; overflow-wrap: break-word }
+td { max-width: 26rem } td:first-child, th:first-child { position: sticky; left: 0; background: var(--back) }
+table:has(th:nth-child(8)) :is(td, th):first-child { white-space: nowrap } th, th:first-child { background: var(--head); text-align: left }
 td[style*=right] { white-space: nowrap } th[style*=right], td[style*=right] { text-align: right }
-tr.wrong td { background: var(--wrong) } code { font-size: .9em }
+tr.wrong td, tr.wrong td:first-child { background: var(--wrong) } code { font-size: .9em }
 pre { padding: .6rem .8rem; background: var(--head); white-space: pre-wrap } pre code { font-size: .85rem }
 img { max-width: 100%; background: #fff; border-radius: 4px } nav { color: var(--soft) } nav a { color: inherit }
 """
@@ -33,8 +34,11 @@ def page(markdown: str, folder: Path) -> str:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.validateLink = lambda url: bool(re.fullmatch(r"[\w.-]+\.png", url)) and (folder / url).is_file()
     parser.normalizeLink = str
-    inside = lambda found: f'src="data:image/png;base64,{base64.b64encode((folder / found[1]).read_bytes()).decode()}"'
-    body = re.sub(r'src="([\w.-]+\.png)"', inside, parser.render(markdown))
+
+    def embed(found: re.Match) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((folder / found[1]).read_bytes()).decode()}"'
+
+    body = re.sub(r'src="([\w.-]+\.png)"', embed, parser.render(markdown))
     body = body.replace("<tr>\n<td>✗</td>", '<tr class="wrong">\n<td>✗</td>')
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     heads = re.findall(r"<h2>(.*?)</h2>", body)

@@ -213,7 +213,9 @@ def _safety(settings, contract: Contract, report: dict) -> str:
 def _deployment(settings, contract: Contract, report: dict, export: dict | None) -> str:
     target = contract.brief.get("deployment_target", "").strip()
     wait = report["lines"]["latency"]
-    adapter = f"p50 {tables.seconds(wait['p50_s'])}, p95 {tables.seconds(wait['p95_s'])} per lone request"
+    adapter = "not measured"
+    if wait["p50_s"] is not None:
+        adapter = f"p50 {tables.seconds(wait['p50_s'])}, p95 {tables.seconds(wait['p95_s'])} per lone request"
     if not export:
         return (
             "- Quantization: none; nothing was exported in this run\n- Runtime: transformers\n"
@@ -221,11 +223,15 @@ def _deployment(settings, contract: Contract, report: dict, export: dict | None)
             "- Memory: not measured\n"
         )
     chosen = next((f for f in export["files"] if f["file"] == export["chosen"]), {})
+    timed = report["results"]["dev"].get(export["chosen"]) or {}
+    waits = {p: timed.get(f"latency_{p}_s") or chosen.get(f"{p} s") for p in ("p50", "p95", "p99")}
+    told = ", ".join(f"{p} {wait:.2g} s" for p, wait in waits.items() if isinstance(wait, (int, float))) or "not measured"
+    memory = timed.get("memory_mb") or chosen.get("memory MB")
     return f"""- Quantization: {export["chosen"] or "no file held"}; {export["verdict"]}
 - Runtime: {export["runtime"]}; `Modelfile` for Ollama
 - Hardware: {target or "the machine of the evaluation"}
-- Latency: p50 {chosen.get("p50 s", "-")} s, p95 {chosen.get("p95 s", "-")} s in the runtime; {adapter} for the adapter
-- Memory: {chosen.get("memory MB", "-")} MB measured while loaded
+- Latency: {told} in the runtime; {adapter} for the adapter
+- Memory: {f"{memory:.0f} MB measured while loaded" if isinstance(memory, (int, float)) else "not measured"}
 
 Each file on golden:
 
@@ -240,7 +246,7 @@ def _limitations(contract: Contract, report: dict) -> str:
     sizes = ", ".join(f"{name} {facts['n']}" for name, facts in report["sets"].items())
     test = "The test set was opened." if "test" in report["sets"] else "The test set has not been opened for this run."
     mistakes = contract.brief.get("failure_modes", "").splitlines()
-    failing = "; ".join(line.strip().removeprefix("* ") for line in mistakes if line.strip())
+    failing = "; ".join(line.strip().removeprefix("* ") for line in mistakes if line.strip() and not line.endswith(":"))
     return f"""- Weakest slices on {report["headline_set"]}: {worst}
 - Evaluated on small sets ({sizes} rows): differences inside the intervals are not shown. {test}
 - Trained for one contract; another schema, another system prompt or another language mix needs a new run

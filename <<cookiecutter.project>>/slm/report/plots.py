@@ -43,12 +43,17 @@ def models_bar(results: Sequence[Result], name: str, path: Path, target: float |
     axes = figure.add_subplot()
     own = [r.name.startswith("fine_tuned") or r.name in FILES for r in ran]
     _bars(axes, [shorten(title(r.name), 34) for r in ran], [r.metrics[name] for r in ran], [BLUE if o else GREY for o in own])
-    for bar, r in zip(axes.patches, ran, strict=False):
-        bar.set(hatch="///" if r.constrained else None, edgecolor="white")
+    held = [bar for bar, r in zip(axes.patches, ran, strict=True) if r.constrained]
+    for bar in held:
+        bar.set(hatch="///", edgecolor="white")
+    if held:
+        held[0].set_label("decoding held to the schema")
     if target is not None:
         axes.axvline(target, color="#c53030", ls="--", lw=1, label=f"target {target:g}")
-        figure.legend(loc="outside lower right", fontsize=8, frameon=False)
-    axes.set_xlabel(f"{name} (share of rows, 0 to 1; lines: interval)")
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower right", ncols=2, fontsize=8, frameon=False)
+    axes.set(xlabel=f"{name} (mean over rows, 0 to 1; lines: interval)", ylabel="model")
+    axes.margins(y=0.02)
     axes.set_title(f"{name} on {ran[0].set}, n = {len(ran[0].scores)}" if ran else name, fontsize=11)
     return _save(figure, path)
 
@@ -63,8 +68,9 @@ def slices(result: Result, name: str, path: Path) -> Path:
         found = result.slices[key]
         names = [f"{shorten(n, 24)} (n={m.n})" for n, m in found.items()]
         _bars(axes, names, list(found.values()), [BLUE] * len(found))
-        axes.set_title(f"by {key}", fontsize=9, loc="left")
+        axes.set_ylabel(key, fontsize=9)
         axes.tick_params(labelsize=8)
+    figure.align_ylabels()
     panels[-1].set_xlabel(f"{name} (mean over rows, 0 to 1; lines: interval)")
     figure.suptitle(f"{title(result.name)} on {result.set}: {name} by slice", fontsize=11)
     return _save(figure, path)
@@ -87,7 +93,7 @@ def confusion(result: Result, path: Path) -> Path:
             axes.text(j, i, count or "", ha="center", va="center", fontsize=8, color=color)
     axes.set_xlabel("given label")
     axes.set_ylabel("expected label")
-    axes.set_title(f"{title(result.name)} on {result.set}, rows", fontsize=10)
+    axes.set_title(f"{title(result.name)} on {result.set}, number of rows", fontsize=10)
     figure.colorbar(image, ax=axes, label="rows", shrink=0.7)
     return _save(figure, path)
 

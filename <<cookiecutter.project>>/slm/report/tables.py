@@ -16,7 +16,7 @@ TITLES = {
     "fine_tuned_constrained": "fine-tuned, constrained", "f16": "file f16", "q8_0": "file q8_0",
     "q5_k_m": "file q5_k_m", "q4_k_m": "file q4_k_m",
 }  # fmt: skip
-NUMBER = re.compile(r"[-+]?\d[^a-z]*$|-$|not run")  # a cell of a column that stands right
+NUMBER = re.compile(r"[-+]?\d[^a-zA-Z]*$|-$|not run")  # a cell of a column that stands right
 CHEAP = ("majority", "rules", "classical")
 BASELINES = tuple(TITLES)[:8]
 FILES = tuple(TITLES)[10:]
@@ -63,21 +63,21 @@ def sets(found: dict[str, list[Row]], locked: dict[str, str]) -> list[dict]:
 
 
 def results(found: Sequence[Result], names: Sequence[str]) -> list[dict]:
-    """One line per model: the named metrics with intervals, n, and what a request takes; or why it was not run. A
-    column that holds nothing for any model is left out."""
-    lines = [
-        {
+    """One line per model: the first of the named metrics with its interval, what a lone request takes, the other
+    metrics; or why it was not run. A column that holds nothing for any model is left out."""
+    lines = []
+    for r in found:
+        cells = {n: metric(r.metrics.get(n)) for n in names}
+        waits = [number(v, 1000) for v in (r.latency_p50_s, r.latency_p95_s, r.latency_p99_s)]
+        cost = r.cost_per_1k_requests
+        lines.append({
             "model": title(r.name), "constrained": ("yes" if r.constrained else "no") if r.ran else "-",
-            **{n: metric(r.metrics.get(n)) for n in names}, "n": str(len(r.scores)) if r.ran else "-",
-            "error rate": metric(r.metrics.get("error_rate")),
-            "latency p50 / p95 / p99 (ms)": " / ".join(
-                number(v, 1000) for v in (r.latency_p50_s, r.latency_p95_s, r.latency_p99_s)
-            ) if r.latency_p50_s is not None else "-",
+            names[0]: cells[names[0]], "n": str(len(r.scores)) if r.ran else "-",
+            "latency p50 / p95 / p99 (ms)": " / ".join(waits) if any(w != "-" for w in waits) else "-",
             "first token (ms)": number(r.first_token_s, 1000), "tokens/s": number(r.tokens_per_second),
-            "memory (MB)": number(r.memory_mb), "cost per 1,000": f"{r.cost_per_1k_requests:.4f}" if r.cost_per_1k_requests else "-",
-            "note": r.reason and f"not run: {r.reason}",
-        } for r in found
-    ]  # fmt: skip
+            "memory (MB)": number(r.memory_mb), "cost per 1,000": f"{cost:.4f}" if cost else "-",
+            "error rate": metric(r.metrics.get("error_rate")), **cells, "note": r.reason and f"not run: {r.reason}",
+        })  # fmt: skip
     return [{k: v for k, v in line.items() if any(one[k] not in ("", "-") for one in lines)} for line in lines]
 
 
@@ -87,7 +87,7 @@ def comparisons(found: dict[str, dict]) -> list[dict]:
         {
             "against": title(name),
             "difference": "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**c["difference"]),
-            "McNemar p": f"{c['mcnemar_p']:.4f}", "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
+            "McNemar p": f"{c['mcnemar_p']:.4f}" if c["mcnemar_p"] >= 1e-4 else "below 0.0001", "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
             "n": c["difference"]["n"], "verdict": c["verdict"],
         }
         for name, c in found.items()
@@ -111,16 +111,17 @@ def failures(found: Sequence[dict], count: int = 10) -> list[dict]:
 
 
 def side_by_side(failure: dict) -> list[dict]:
-    """One line per field of a failed row: expected and given; a cross marks the fields that differ."""
+    """One line per field of a failed row: expected and given; a cross marks what was judged wrong."""
     want, got = (Contract.flatten(failure[key]) for key in ("expected", "given"))
-    if failure["given"] is None:
-        got = dict.fromkeys(want, "(unreadable)")
+    given = got if failure["given"] is not None else dict.fromkeys(want, "(unreadable)")
+
+    def cell(value) -> str:
+        return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 400)
+
     return [
-        {"": "✗" if want.get(n) != got.get(n) else "", "field": n, **{
-            key: shorten(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False), 400)
-            for key, v in (("expected", want.get(n)), ("given", got.get(n)))
-        }} for n in dict.fromkeys([*want, *got])
-    ]  # fmt: skip
+        {"": "✗" if n in failure["wrong"] else "", "field": n, "expected": cell(want.get(n)), "given": cell(given.get(n))}
+        for n in dict.fromkeys([*want, *got])
+    ]
 
 
 def number(value: float | None, scale: float = 1) -> str:
