@@ -25,7 +25,7 @@ from slm.evaluate import (
     score_row,
     take,
 )  # fmt: skip
-from slm.evaluate.metrics import confusion, interval, macro_f1_statistic
+from slm.evaluate.metrics import confusion, interval, table_statistic
 from slm.models import Answer
 from slm.models.program import ProgramModel
 from slm.rows import make_row, write_rows
@@ -199,7 +199,7 @@ def test_macro_f1_equals_scikit_learn():
 
     rng = random.Random(0)
     want, got = [rng.choice("abc") for _ in range(200)], [rng.choice("abcd") for _ in range(200)]
-    mine = macro_f1_statistic(want, got)(np.arange(200)[None])[0]
+    mine = table_statistic(want, got)(np.arange(200)[None])[0]
     assert mine == pytest.approx(f1_score(want, got, labels=list("abc"), average="macro", zero_division=0))
 
 
@@ -394,7 +394,7 @@ def test_an_unknown_metric_or_baseline_is_named(settings):
     """Guards against a typo that would silently score zero."""
     with pytest.raises(SlmError, match="primary_metric 'f1'"):
         one(
-            Contract(name="x", task_type="qa", output=Ticket, system_prompt="x", primary_metric="f1", target=1),
+            Contract(name="x", task_type="extraction", output=Ticket, system_prompt="x", primary_metric="f1", target=1),
             gold(1),
             "{}",
         )

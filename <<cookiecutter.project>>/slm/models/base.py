@@ -117,8 +117,8 @@ def larger(settings) -> Model | None:
     return None
 
 
-def alone(model: Model, prompts: Iterable[Prompt], n: int = 8) -> list[float]:
-    """Seconds per request, one request at a time after one warm-up, uncached: what a lone caller waits."""
+def alone(model: Model, prompts: Iterable[Prompt], n: int = 8) -> list[Answer]:
+    """The answers to lone requests, one at a time after one warm-up, uncached: what a lone caller waits."""
     picked = list(prompts)[:n]
     model.answer(picked[:1])
-    return [model.answer([prompt])[0].latency_s for prompt in picked]
+    return [model.answer([prompt])[0] for prompt in picked]
