@@ -10,7 +10,7 @@ from slm.errors import SlmError
 from slm.evaluate.candidate import by_set
 from slm.evaluate.compare import FEW, Comparison, paired
 from slm.evaluate.metrics import Result
-from slm.evaluate.release import Gate, gates, report_file
+from slm.evaluate.release import Gate, failed_rows, gates, report_file
 from slm.report import plots, tables
 from slm.report.baselines import baseline_report, columns, eval_plan, fields
 from slm.rows import Row, write_json, write_text
@@ -75,6 +75,7 @@ def build(
         },
         "comparisons": {set: {key: c.model_dump() for key, c in pairs.items()} for set, pairs in compared.items()},
         "failures": failed,
+        "failed_rows": {r.set: {x.name: failed_rows(x.scores, contract) for x in candidate if x.set == r.set} for r in candidate},
     }  # fmt: skip
     report["gates"] = [gate.model_dump() for gate in gates(settings, report)]
     return report
