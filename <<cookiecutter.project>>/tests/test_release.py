@@ -38,7 +38,7 @@ FIGURES = {  # the workflow's, word for word
     },
     "classification": {
         "macro_f1 >= 0.9", "false_positive_rate <= 5%", "false_negative_rate <= 5%",
-        "calibration checked: expected calibration error <= 0.1",
+        "calibration checked: expected calibration error (ECE) <= 10%",
     },
     "rewriting": set(),
 }  # fmt: skip
@@ -257,10 +257,12 @@ def test_the_file_that_ships_is_judged_beside_the_adapter(settings):
     assert named(release.gates(settings, report), "latency").status == "pass"  # not chosen by 08
     write_json(settings.path("outputs/gguf/dev/export.json"), {"chosen": "q4_k_m"})
     found = {g.name: g for g in release.gates(settings, report)}
-    assert found["latency"].status == "fail" and found["latency"].note == "q4_k_m, the file that ships"
+    assert found["latency"].status == "fail" and found["latency"].measured == "q4_k_m 2.50 s"
+    assert found["latency"].note == "the file that ships" and found["cost"].status == "not run"
     assert found["schema_validity"].status == "fail" and found["schema_validity"].rows == ["dev-1", "dev-2", "dev-3"]
     assert "q4_k_m 0.950" in found["schema_validity"].measured
-    assert found["regression_on_golden_set"].rows == ["golden-7"] and "(q4_k_m)" in found["regression_on_golden_set"].measured
+    assert found["regression_on_golden_set"].rows == ["golden-7"]
+    assert found["regression_on_golden_set"].measured == "0 of 30 rows; q4_k_m 1 of 30 rows"
 
 
 def test_calibration_is_checked_where_there_are_probabilities(settings):
@@ -268,10 +270,11 @@ def test_calibration_is_checked_where_there_are_probabilities(settings):
     report = run_06(settings)
     report["contract"]["task_type"] = "classification"
     assert named(release.gates(settings, report), "calibration").status == "not run"
-    report["results"]["dev"]["fine_tuned"]["calibration"] = {"ece": 0.31, "brier": 0.3, "n": 60, "bins": []}
+    metrics = report["results"]["dev"]["fine_tuned"]["metrics"]
+    metrics["ece"] = {"value": 0.31, "low": 0.2, "high": 0.4, "n": 60}
     gate = named(release.gates(settings, report), "calibration")
     assert (gate.status, gate.value, gate.threshold) == ("fail", 0.31, 0.1)
-    report["results"]["dev"]["fine_tuned"]["calibration"]["ece"] = 0.04
+    metrics["ece"]["value"] = 0.04
     assert named(release.gates(settings, report), "calibration").status == "pass"
 
 
@@ -299,8 +302,10 @@ def test_a_release_is_recorded_once_with_the_hashes_of_all_it_rests_on(settings)
     mine = releasable(settings.root)
     record = release.release(mine, "r1", check(mine, "r1"))
     file = release.report_file(mine, "r1")
-    assert record["report"] == registry.file_hash(file) and record["reviewer"] == "Ada" and record["previous"] is None
-    assert record["dataset_version"] == "abc123" and record["sets"] == {
+    assert record["report"] == registry.file_hash(file) and record["gates"]["eval_report_reviewed"] == "by Ada" and record["previous"] is None
+    assert record["dataset_version"] == "abc123" and {
+        name: facts["hash"] for name, facts in record["sets"].items()
+    } == {
         name: registry.file_hash(mine.path(f"data/eval/{name}.jsonl")) for name in ("dev", "golden", "adversarial")
     }
     assert release.release(mine, "r1", check(mine, "r1")) == record
@@ -335,14 +340,16 @@ def test_another_file_than_the_proven_one_is_not_released(settings):
 
 
 def test_a_changed_set_a_retrained_model_and_an_absent_report_are_refused(settings):
-    """Planted: another dataset version trained under the same run id, then golden.jsonl edited after the evaluation."""
+    """Planted: trained again under the same run id, on other rows and on the same; then golden.jsonl edited."""
     mine = releasable(settings.root)
     with pytest.raises(SlmError, match="run other has no evaluation report"):
         check(mine, "other")
     trained(mine, "def456")
-    with pytest.raises(SlmError, match="about dataset version abc123, its adapter is now trained on def456"):
+    with pytest.raises(SlmError, match="about dataset version abc123, its adapter was trained again since, on def456"):
         check(mine, "r1")
     trained(mine)
+    with pytest.raises(SlmError, match="trained again since, on abc123"):
+        check(mine, "r1")
     file = mine.path("data/eval/golden.jsonl")
     file.write_text(file.read_text().replace("golden message 3", "golden message three"))
     with pytest.raises(SlmError, match="golden.jsonl: changed"):
