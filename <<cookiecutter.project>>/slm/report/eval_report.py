@@ -11,7 +11,7 @@ from slm.errors import SlmError
 from slm.evaluate.candidate import NAME, by_set, load_candidate
 from slm.evaluate.compare import FEW, Comparison, detectable_difference, paired
 from slm.evaluate.metrics import Result
-from slm.evaluate.release import gates, report_file
+from slm.evaluate.release import failed_rows, gates, report_file
 from slm.report import html, plots, tables
 from slm.report.baselines import baseline_report, columns, eval_plan, fields
 from slm.rows import Row, write_json, write_text
@@ -90,6 +90,7 @@ def build(
             } for set in compared if CONSTRAINED in found[set]
         },
         "not_run": not_run(settings, contract, found, compared), "failures": failed,
+        "failed_rows": {r.set: {x.name: failed_rows(x.scores, contract) for x in candidate if x.set == r.set} for r in candidate},
     }  # fmt: skip
     report["gates"] = [gate.model_dump() for gate in gates(settings, report)]
     return report
