@@ -72,13 +72,14 @@ def open_model(settings, path: str):
 
 
 def open_file(settings, path: str) -> list[Row]:
-    """The rows of one evaluation file, limited as the settings say; a locked set is checked, a look at test counted."""
-    file = settings.path(path)
+    """The rows of one evaluation file, limited as the settings say; a locked set is checked, a look at test counted.
+    Raises SlmError for rows of test, in whatever file, before the final test."""
+    file, test = settings.path(path), settings.path("data/eval/test.jsonl")
     rows = read_rows(file)
-    if file.parent == settings.path("data/eval") and settings.path("data/eval/lock.json").exists():
+    if file.parent == test.parent and settings.path("data/eval/lock.json").exists():
         registry.check_locked(settings)
-        if file.stem == "test":
-            registry.count_look(settings, "test", settings.run_id, "a script")
+    if test.is_file() and {row.id for row in rows} & {row.id for row in read_rows(test)}:
+        registry.count_look(settings, "test", settings.run_id, "a script")
     if not rows:
         raise SlmError(f"{path}: no rows.")
     return take(settings, rows)

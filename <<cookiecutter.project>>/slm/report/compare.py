@@ -3,7 +3,7 @@
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.candidate import by_set, load_candidate
-from slm.evaluate.compare import paired
+from slm.evaluate.compare import compare_results
 from slm.evaluate.release import load_report
 from slm.report import tables
 
@@ -26,7 +26,7 @@ def render(settings, a: str, b: str) -> str:
                     f"runs {a} and {b} do not compare: data/eval/{set}.jsonl was {old.set_hash[:12]} in {a} and is "
                     f"{new.set_hash[:12]} in {b}; run 06_evaluate again for {a}."
                 )
-            pair = paired(new.scores, old.scores, contract, settings)
+            pair = compare_results(new, old, contract, settings)
             line = tables.comparisons({name: pair.model_dump()})[0]
             model = line.pop("against")
             lines.append({"set": set, "model": model, a: f"{pair.baseline:.3f}", b: f"{pair.candidate:.3f}", **line})

@@ -9,9 +9,10 @@ from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.candidate import NAME, by_set, load_candidate
-from slm.evaluate.compare import FEW, Comparison, detectable_difference, paired
+from slm.evaluate.compare import FEW, Comparison, compare_results, detectable_difference, gap_closed, seeds
 from slm.evaluate.metrics import Result
-from slm.evaluate.release import gates, report_file
+from slm.evaluate.preference import prefer
+from slm.evaluate.release import failed_rows, gates, other_seeds, report_file
 from slm.report import html, plots, tables
 from slm.report.baselines import baseline_report, columns, eval_plan, fields
 from slm.rows import Row, write_json, write_text
@@ -26,12 +27,6 @@ TIMED = (
     "latency_p50_s", "latency_p95_s", "latency_p99_s", "first_token_s", "tokens_per_second", "memory_mb",
     "cost_per_1k_requests",
 )  # fmt: skip
-# PENDING
-def gap_closed(tuned, base, larger): return None
-def seeds(results): return None
-def other_seeds(settings, run_id): return []
-# END
-RECORDED = ("system_prompt", "schema", "label_field", "null_label", "unsafe_labels", "issue_key")
 WORST = 15  # failed rows shown side by side
 
 
@@ -52,13 +47,19 @@ def build(
     absent = Result(name="", set=headline, reason="not among the results")
     keys = ("base", "prompted_base", NAME, "larger")
     four = {line: shown.get(key, absent) for line, key in zip(LINES[:4], keys, strict=True)}
+    best = strongest(compared[headline], tables.BASELINES)
+    pair, warned = compared[headline][best], [f"{tables.title(r.name)} on {r.set}: {w}" for r in candidate for w in r.warnings]
+    if contract.task_type == "rewriting" and settings.evaluate.judge.url:
+        pair.preference = prefer(settings, contract, sets[headline], mine.scores, shown[best].scores)
+        warned += pair.preference.warnings
     failed = [f for r in candidate if r.name == NAME for f in failures(r, sets[r.set], contract)]
     report = {
         "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash, "headline_set": headline,
         "contract": {
             "name": contract.name, "task_type": contract.task_type, "primary_metric": name, "target": contract.target,
-            "critical": list(contract.critical), "hash": contract.schema_hash,
-            **{key: getattr(contract, key) for key in RECORDED if hasattr(contract, key)},
+            "hash": contract.schema_hash, "schema": contract.schema, "system_prompt": contract.system_prompt,
+            "label_field": contract.label_field, "null_label": contract.null_label, "critical": list(contract.critical),
+            "unsafe_labels": list(contract.unsafe_labels), "issue_key": list(contract.issue_key),
         },
         "model": {"base": settings.model.base, "name": mine.model, "fingerprint": mine.fingerprint},
         "dataset_version": train and train["parents"]["dataset"], "versions": versions(),
@@ -67,11 +68,9 @@ def build(
             for set in compared
         },
         "looks_at_test": count(looks, "test"), "verdict": verdict(contract, mine, compared[headline]),
-        "warnings": [f"{tables.title(r.name)} on {r.set}: {w}" for r in candidate for w in r.warnings],
-        "strongest_cheap": max((k for k in tables.CHEAP if k in compared[headline]), default=None,
-                               key=lambda key: compared[headline][key].baseline),
+        "warnings": warned, "strongest": best, "strongest_cheap": strongest(compared[headline], tables.CHEAP),
         "detectable": detectable(settings, contract, {set: len(found[set][NAME].scores) for set in compared}, train),
-        "gap_closed": gap(shown), "seeds": seeds_line(settings, mine),
+        "gap_closed": gap(shown, contract, settings), "seeds": seeds_line(settings, mine),
         "lines": {
             **{line: r.metrics[name].model_dump() if r.ran else {"not_run": r.reason} for line, r in four.items()},
             "latency": {"p50_s": timed.latency_p50_s, "p95_s": timed.latency_p95_s, "p99_s": timed.latency_p99_s},
@@ -90,6 +89,7 @@ def build(
             } for set in compared if CONSTRAINED in found[set]
         },
         "not_run": not_run(settings, contract, found, compared), "failures": failed,
+        "failed_rows": {s: {r.name: failed_rows(r.scores, contract) for r in candidate if r.set == s} for s in compared},
     }  # fmt: skip
     report["gates"] = [gate.model_dump() for gate in gates(settings, report)]
     return report
@@ -98,9 +98,14 @@ def build(
 def against(found: dict[str, Result], mine: str, contract: Contract, settings) -> dict[str, Comparison]:
     """Model `mine` paired with every other model that ran on the same set."""
     return {
-        key: paired(found[mine].scores, other.scores, contract, settings)
+        key: compare_results(found[mine], other, contract, settings)
         for key, other in found.items() if key != mine and other.ran and found[mine].ran
     }  # fmt: skip
+
+
+def strongest(pairs: dict[str, Comparison], among: Sequence[str]) -> str | None:
+    """The name of the best of some models that ran."""
+    return max((key for key in among if key in pairs), default=None, key=lambda key: pairs[key].baseline)
 
 
 def count(looks: Sequence[dict], set: str) -> int:
@@ -134,11 +139,11 @@ def detectable(settings, contract: Contract, sizes: dict[str, int], train: dict 
     return {"spread": spread, "stated": when, "at": at, "difference": differences}
 
 
-def gap(shown: dict[str, Result]) -> dict:
+def gap(shown: dict[str, Result], contract: Contract, settings) -> dict:
     """The share of the way from the base to the larger model that the fine-tune has gone, or why it is unknown."""
     missing = [f"{tables.title(k)} not run" for k in ("base", "larger") if k not in shown or not shown[k].ran]
-    found = None if missing else gap_closed(shown[NAME], shown["base"], shown["larger"])
-    return found.model_dump() if found else {"not_run": "; ".join(missing) or "the larger model is no better than the base"}
+    found = None if missing else gap_closed(shown[NAME], shown["base"], shown["larger"], contract, settings)
+    return found.model_dump() if found else {"not_run": "; ".join(missing) or "the larger model is not shown to be better than the base"}
 
 
 def seeds_line(settings, mine: Result) -> dict:
@@ -147,7 +152,7 @@ def seeds_line(settings, mine: Result) -> dict:
     same = [r for run in runs for r in load_candidate(settings, run) if (r.name, r.set) == (NAME, mine.set)]
     if not same:
         return {"not_run": "no other run of this recipe, dataset version and base with another train.seed"}
-    return {**seeds([mine, *same]).model_dump(), "runs": [settings.run_id, *runs]}
+    return {**seeds([mine, *same], settings.evaluate.confidence).model_dump(), "runs": [settings.run_id, *runs]}
 
 
 def not_run(settings, contract: Contract, found: dict[str, dict[str, Result]], compared: dict) -> list[dict]:
@@ -176,19 +181,19 @@ def not_run(settings, contract: Contract, found: dict[str, dict[str, Result]], c
 def verdict(contract: Contract, mine: Result, pairs: dict[str, Comparison]) -> str:
     """One sentence: does the model beat the best baseline by more than noise, and does it reach the target?"""
     pairs = {key: pair for key, pair in pairs.items() if key in tables.BASELINES}
-    best = max(pairs, key=lambda key: pairs[key].baseline)
+    best = strongest(pairs, tables.BASELINES)
     gain, score = pairs[best].difference, mine.metrics[contract.primary_metric]
     reached = "reached" if score.value >= contract.target else "not reached"
     tail = f"{contract.primary_metric} {score} on {mine.set}, {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]; "
     tail += f"target {contract.target:g} {reached}."
     who = f"the best baseline ({tables.title(best)})"
-    left = [key for key, pair in pairs.items() if not pair.verdict.startswith("better")]
+    left = [key for key, pair in pairs.items() if pair.outcome != "better"]
     if not left:
         return f"Better than every baseline; against {who}: {tail}"
     if gain.n < FEW:
         return f"Too few rows for a verdict ({gain.n}, at least {FEW}); against {who}: {tail}"
     if best in left:
-        start = "Worse than" if pairs[best].verdict.startswith("worse") else "No difference shown against"
+        start = "Worse than" if pairs[best].outcome == "worse" else "No difference shown against"
         return f"{start} {who}: {tail}"
     return f"Better than {who}, but not shown against: {', '.join(map(tables.title, left))}. {tail}"
 
@@ -280,6 +285,11 @@ def _against(report: dict) -> list[str]:
         line = tables.comparisons({cheap: report["comparisons"][head][cheap]})[0]
         lines += [f"Strongest cheap baseline: **{line['against']}**. Fine-tuned minus it: {line['difference']}, McNemar "
                   f"p {line['McNemar p']}: {line['verdict']}."]  # fmt: skip
+    if judged := report["comparisons"][head][report["strongest"]]["preference"]:
+        lines += ["The judge {judge}, both orders, against {against}: fine-tuned preferred {win} (a tie is half), sign test "
+                  "p {sign_p:.4f}; the orders agree {same}; the answer shown first is taken {first}.".format(
+                      **judged, against=tables.title(report["strongest"]), win=tables.metric(judged["win_rate"]),
+                      same=tables.metric(judged["consistency"]), first=tables.metric(judged["first_rate"]))]  # fmt: skip
     lines += [
         f"Smallest difference that {head} can show four times in five: {least:.3f}, stated {room['stated']} "
         f"(per-row spread {room['spread']:.2f}{', ' + room['at'][:16] if room['at'] else ''}). A smaller gain needs more rows.",

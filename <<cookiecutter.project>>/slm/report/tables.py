@@ -95,8 +95,13 @@ def comparisons(found: dict[str, dict]) -> list[dict]:
 
 
 def gates(found: Sequence[Gate]) -> list[dict]:
-    """One line per release gate."""
-    return [{"gate": g.rule, "measured": g.measured, "status": g.status, "note": g.note} for g in found]
+    """One line per release gate; of the rows that count against it the first ten."""
+    return [
+        {
+            "gate": g.rule, "measured": g.measured, "status": g.status, "note": g.note,
+            "rows": ", ".join(g.rows[:10]) + (f" and {len(g.rows) - 10} more" if len(g.rows) > 10 else ""),
+        } for g in found
+    ]  # fmt: skip
 
 
 def failures(found: Sequence[dict], count: int = 10) -> list[dict]:
