@@ -46,15 +46,27 @@ def run(
 
 @app.command()
 def release(run_id: str, profile: Profile = "default", config: Config = "project.yaml") -> None:
-    """Check the release gates of a run; exit 1 when one does not pass."""
-    from slm.evaluate.release import check, failures
+    """Release a run: every gate must pass, then it is recorded with its hashes; exit 1 when one does not."""
+    from slm.evaluate import release as releases
 
-    gates = check(load_settings(config, profile, {}, run_id), run_id)
+    settings = load_settings(config, profile, {}, run_id)
+    gates = releases.check(settings, run_id)
     for gate in gates:
         print(f"{gate.status:<8} {gate.name}: {gate.detail}")
-    if failed := [gate.name for gate in failures(gates)]:
-        raise SlmError(f"run {run_id} is not released; not passed: {', '.join(failed)}.")
-    print(f"run {run_id} passes every release gate.")
+    record = releases.release(settings, run_id, gates)
+    print(f"run {run_id} is released: record {record['hash']} in registry/runs.jsonl.")
+
+
+@app.command()
+def compare(run_a: str, run_b: str, config: Config = "project.yaml") -> None:
+    """Run B against run A, paired on every set that both answered; refused where rows, sets or contract differ."""
+    from slm.report import compare as comparison
+    from slm.rows import write_text
+
+    settings, _ = (load_settings(config, "default", {}, run) for run in (run_b, run_a))
+    text = comparison.render(settings, run_a, run_b)
+    file = write_text(settings.path(f"outputs/eval_reports/{run_b}/compare_{run_a}.md"), text)
+    print(f"{text}\nWrote {file.relative_to(settings.root)}")
 
 
 @app.command()

@@ -97,6 +97,9 @@ def check_locked(settings) -> dict[str, str]:
 
 
 def count_look(settings, name: str, run_id: str, why: str) -> int:
-    """Record one look at an evaluation set; returns how often it has been looked at."""
+    """Record one look at an evaluation set; returns how often it has been looked at. Raises SlmError for `test` before
+    the final test: nothing is tuned on it."""
+    if name == "test" and not settings.evaluate.final_test:
+        raise SlmError("data/eval/test.jsonl: not to be tuned on; use dev, and at the very end evaluate.final_test: true.")
     append(settings, "looks", {"set": name, "run_id": run_id, "why": why})
     return sum(record["set"] == name for record in read(settings, "looks"))

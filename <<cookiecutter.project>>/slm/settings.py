@@ -224,6 +224,7 @@ class Cost(Section):
 
     currency: str = "USD"
     gpu_hourly_rate: float = 0.0
+    serving_hourly_rate: float | None = Field(None, ge=0)  # of the machine that answers; 0: nothing more; None: not said
     hosting_per_month: float = 0.0
     maintenance_per_month: float = 0.0
     larger_price_per_1m_tokens: float = 0.0

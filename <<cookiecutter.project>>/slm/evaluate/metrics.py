@@ -270,12 +270,15 @@ def evaluate(
     return result
 
 
-def cost_per_1k(settings, result: Result, endpoint=None) -> float:
-    """Money per 1,000 requests: tokens at the endpoint's price, or the median wait at the hourly rate, plus hosting."""
+def cost_per_1k(settings, result: Result, endpoint=None) -> float | None:
+    """Money per 1,000 requests: tokens at the endpoint's price, or the median wait at the hourly rate of the machine
+    that answers, plus hosting; None where the settings say nothing of either."""
     rates = settings.cost
     if endpoint is not None:
         flat = rates.larger_price_per_1m_tokens
         price_in, price_out = endpoint.usd_per_1m_input or flat, endpoint.usd_per_1m_output or flat
         return 1000 * (result.prompt_tokens * price_in + result.completion_tokens * price_out) / 1e6
-    hosting = rates.hosting_per_month / max(1, settings.task.requests_per_month)
-    return 1000 * (result.latency_p50_s / 3600 * rates.gpu_hourly_rate + hosting)
+    hosting, rate = rates.hosting_per_month / max(1, settings.task.requests_per_month), rates.serving_hourly_rate
+    if rate is None and not (rates.gpu_hourly_rate or hosting):
+        return None
+    return 1000 * (result.latency_p50_s / 3600 * (rates.gpu_hourly_rate if rate is None else rate) + hosting)
