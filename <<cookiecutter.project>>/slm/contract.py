@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +15,11 @@ from slm.rows import Row, explain
 TASK_TYPES = (
     "classification", "extraction", "json_generation", "tool_calling", "rewriting", "qa", "review", "planning", "safety",
 )  # fmt: skip
+LABELLED = ("classification", "safety", "tool_calling")
+FIELDS = {
+    "tool_calling": ("arguments",), "rewriting": ("text",), "qa": ("answer", "citations"), "review": ("issues",),
+    "planning": ("steps",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,10 @@ class Contract:
 
     `output` is a pydantic model; from it come the JSON schema, the parser and the canonical text.
     `label_field` is the field that names the category, `null_label` its value for "nothing to do here".
-    `target` is the least value of `primary_metric` (0 to 1) that would be released.
+    `target` is the least value of `primary_metric` (0 to 1) that would be released. `issue_key` names the keys that
+    identify an issue (review). `execute(value)` raises when a call or plan does not run (tool_calling, planning);
+    `constraints(input text, value)` says which constraints the output keeps (rewriting). Every task type has its fields:
+    see FIELDS; safety also needs `null_label`, the label of what is allowed.
     """
 
     name: str
@@ -45,12 +54,33 @@ class Contract:
     null_label: str | None = None
     unsafe_labels: tuple[str, ...] = ()
     brief: dict[str, str] = field(default_factory=dict)
+    issue_key: tuple[str, ...] = ("rule",)
+    execute: Callable[[dict], object] | None = None
+    constraints: Callable[[str, dict], dict[str, bool]] | None = None
 
     def __post_init__(self):
         if self.task_type not in TASK_TYPES:
             raise SlmError(f"task/contract.py: task_type {self.task_type!r} is not one of {', '.join(TASK_TYPES)}.")
         if not self.system_prompt.strip():
             raise SlmError("task/contract.py: system_prompt is empty; write the one sentence that states the task.")
+        here, own = f"task/contract.py: a {self.task_type} contract", self.properties()
+        if self.task_type in LABELLED and not self.label_field:
+            raise SlmError(f"{here} needs label_field, the name of the field that holds the label.")
+        if self.task_type == "safety" and self.null_label is None:
+            raise SlmError(f"{here} needs null_label, the label of what is allowed; every other one is a violation.")
+        for name in [*FIELDS.get(self.task_type, ()), *([self.label_field] if self.label_field else [])]:
+            if name not in own:
+                raise SlmError(f"{here} needs the output field `{name}`; there are: {', '.join(own) or 'none'}.")
+        for name, keys in (("issues", self.issue_key), ("steps", ("tool",))):
+            missing = (
+                [key for key in keys if key not in self.parts(name)] if name in FIELDS.get(self.task_type, ()) else []
+            )
+            if missing:
+                raise SlmError(
+                    f"{here}: each of `{name}` needs the key `{missing[0]}`; there are: {', '.join(self.parts(name))}."
+                )
+        if self.task_type == "tool_calling" and not self.kinds(own["arguments"]) <= {"object"}:
+            raise SlmError(f"{here} needs `arguments` as a nested object.")
 
     @cached_property
     def schema(self) -> dict:
@@ -84,6 +114,34 @@ class Contract:
             raise SlmError(f"the value breaks the contract {self.name}: {explain(error)}.") from None
         return json.dumps(model.model_dump(exclude_unset=True), ensure_ascii=False, separators=(",", ":"))
 
+    def _options(self, node: dict) -> list[dict]:
+        """The alternatives of a node of the schema, references followed."""
+        if "$ref" in node:
+            node = self.schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        options = node.get("anyOf") or node.get("oneOf")
+        return [part for option in options for part in self._options(option)] if options else [node]
+
+    def properties(self, node: dict | None = None) -> dict[str, dict]:
+        """Name -> schema of the properties of a node (none: the output), of all its alternatives together."""
+        found: dict[str, dict] = {}
+        for option in self._options(self.schema if node is None else node):
+            for name, part in option.get("properties", {}).items():
+                found[name] = {"anyOf": [found[name], part]} if name in found else part
+        return found
+
+    def parts(self, name: str) -> dict[str, dict]:
+        """Name -> schema of the keys that the objects of a list field have, such as those of `issues` or `steps`."""
+        nodes = self._options(self.properties()[name])
+        return {key: part for node in nodes for key, part in self.properties(node.get("items", {})).items()}
+
+    def enum(self, node: dict) -> list:
+        """The values that a node allows by name, in the order of the schema."""
+        return [value for option in self._options(node) for value in option.get("enum", [])]
+
+    def kinds(self, node: dict) -> set[str]:
+        """The JSON types that a node allows."""
+        return {option.get("type", "any") for option in self._options(node)}
+
     @property
     def outline(self) -> str:
         """The output in words, a line a field (a block an alternative): shorter in a prompt than the JSON schema."""
@@ -106,7 +164,8 @@ class Contract:
         if "properties" not in self.schema:  # a union: one alternative a line
             return "\n".join(values(option) for option in self.schema.get("oneOf", self.schema.get("anyOf", [])))
         return "\n".join(
-            f"{name}: {values(node)}. {node.get('description', '')}".rstrip() for name, node in self.schema["properties"].items()
+            f"{name}: {values(node)}. {node.get('description', '')}".rstrip()
+            for name, node in self.schema["properties"].items()
         )
 
     def prompt(self, text: str) -> list[dict]:

@@ -1,19 +1,21 @@
-"""What must be beaten: the evaluation sets checked and locked, and five baselines on the same rows."""
+"""What must be beaten: the evaluation sets checked and locked, and every baseline on the same rows."""
 
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
+from slm.evaluate import classical, retrieve
 from slm.evaluate.metrics import Result, evaluate, read_results
 from slm.generate.plan import seed_rows
 from slm.rows import Row, read_rows, write_json
 
-NAMES = ("majority", "rules", "base", "prompted_base", "larger")
+NAMES = ("majority", "rules", "classical", "base", "prompted_base", "prompted_constrained", "rag", "larger")
+PROGRAMS = NAMES[:3]  # quick, and changed by an edited rule or new training rows: always run again
 
 
 def check_sets(settings, contract: Contract) -> dict[str, list[Row]]:
@@ -80,72 +82,118 @@ def choose_shots(rows: Sequence[Row], contract: Contract, count: int) -> list[Ro
 
 def run_baseline(
     settings, contract: Contract, name: str, rows: Sequence[Row], set: str, *, predict: Callable[[str], dict],
-    fewshot: Callable, latency: bool = True,
+    fewshot: Callable, latency: bool = True, train: bool = False,
 ) -> Result:  # fmt: skip
     """One baseline on one set. `predict` is the rule program, `fewshot(contract, seed rows)` gives the better prompt's
-    messages. A larger model that is not set, or does not answer, gives a Result with the reason."""
-    from slm import models
-    from slm.models.program import ProgramModel
-
-    seeds, shots, endpoint = seed_rows(settings), (), None
-    if name == "majority":
-        constant = contract.dump(majority(seeds, contract))
-        model = ProgramModel("majority", lambda text: constant, f"majority:{constant}")
-    elif name == "rules":
-        # Not contract.dump: an output that breaks the contract must be scored as one, not raise.
-        dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
-        model = ProgramModel("rules", lambda text: dump(predict(text)), f"rules:{_source_hash(predict)}")
-    elif name not in NAMES:
+    messages; with `train` the classical model is fitted on the run's training rows, else on the seed rows. A baseline that
+    does not apply, or whose endpoint does not answer, gives a Result with the reason. Raises SlmError for evaluation rows
+    in the prompt."""
+    if name not in NAMES:
         raise SlmError(f"--model {name}: there is no such baseline; choose one of {', '.join(NAMES)}.")
-    else:
-        if name != "base":  # the larger model gets the better prompt too
-            shots = fewshot(contract, choose_shots(seeds, contract, settings.evaluate.fewshot))
-        try:
-            model = models.larger(settings) if name == "larger" else models.student(settings)
-        except SlmError as error:
-            if name != "larger":
-                raise
-            return Result(name=name, set=set, reason=str(error))
-        if model is None:
-            reason = "neither model.larger_gguf nor model.larger is set in project.yaml"
-            return Result(name=name, set=set, reason=reason)
-        endpoint = settings.model.larger if name == "larger" and not settings.model.larger_gguf else None
-    try:
-        return evaluate(
-            settings, contract, model, rows, set=set, name=name, shots=shots, latency=latency, endpoint=endpoint
-        )
-    except SlmError as error:
-        if endpoint is None:
-            raise
-        return Result(name=name, set=set, reason=str(error))
+    return _run(settings, contract, name, rows, set, _opener(settings, contract, predict, train), fewshot, latency)
 
 
 def run_baselines(
     settings, contract: Contract, sets: dict[str, list[Row]], *, predict: Callable[[str], dict], fewshot: Callable,
-    known: Sequence[Result] = (),
+    known: Sequence[Result] = (), train: bool = False,
 ) -> list[Result]:  # fmt: skip
-    """Every baseline on every given set, set by set. Results in `known` are not run again; only dev is timed."""
-    have = {(r.set, r.name): r for r in known if r.ran}
-    results = []
-    for set, rows in sets.items():
-        for name in NAMES:
-            found = have.get((set, name))
-            if found is None or [s.row_id for s in found.scores] != [r.id for r in rows]:
-                how = {"predict": predict, "fewshot": fewshot, "latency": set == "dev"}
-                found = run_baseline(settings, contract, name, rows, set, **how)
-            results.append(found)
-    return results
+    """Every baseline on every given set, set by set. Models in `known` that answered the same rows of the same file are
+    not run again; only dev is timed. `train`: see `run_baseline`."""
+    have = {(r.set, r.name): r for r in known if r.ran and r.name not in PROGRAMS}
+    opened, results = _opener(settings, contract, predict, train), {}
+    for name in NAMES:  # the outer loop: a model is loaded once for all sets, and let go before the next
+        for set, rows in sets.items():
+            found, file = have.get((set, name)), settings.path(f"data/eval/{set}.jsonl")
+            same = found and found.set_hash == registry.file_hash(file) and [s.row_id for s in found.scores] == [r.id for r in rows]
+            results[set, name] = found if same else _run(settings, contract, name, rows, set, opened, fewshot, set == "dev")
+    return [results[set, name] for set in sets for name in NAMES]
+
+
+def _run(settings, contract: Contract, name: str, rows: Sequence[Row], set: str, opened, fewshot, latency) -> Result:
+    held = name == "prompted_constrained"
+    reason = not_held(settings, set) if held else ""
+    if name == "rag" and not settings.task.needs_knowledge:
+        reason = "the task needs no documents (task.needs_knowledge)"
+    if reason:
+        return Result(name=name, set=set, reason=reason)
+    shots = [] if name in (*PROGRAMS, "base") else better_prompt(settings, contract, fewshot)
+    endpoint = settings.model.larger if name == "larger" and not settings.model.larger_gguf else None
+    try:
+        model = opened(name if name in (*PROGRAMS, "larger") else "student")
+        if name == "rag":
+            model = retrieve.RetrievingModel(model, retrieve.read_passages(settings), settings.evaluate.retrieve)
+        return evaluate(
+            settings, contract, model, rows, set=set, name=name, shots=shots, latency=latency, endpoint=endpoint,
+            constrained=held,
+        )  # fmt: skip
+    except SlmError as error:
+        if name not in ("classical", "larger") and not held:
+            raise
+        return Result(name=name, set=set, reason=str(error))
+
+
+def not_held(settings, set: str) -> str:
+    """Why nothing is decoded under the schema on a set; empty where it is."""
+    if not settings.evaluate.constrained:
+        return "evaluate.constrained is off"
+    return "" if set in ("dev", "test") else "decoding held to the schema is measured on dev and test"
+
+
+def better_prompt(settings, contract: Contract, fewshot: Callable) -> list[dict]:
+    """The messages of the better prompt, its examples chosen among the seed rows. Raises SlmError that names the
+    evaluation rows that stand in it all the same."""
+    shots = fewshot(contract, choose_shots(seed_rows(settings), contract, settings.evaluate.fewshot))
+    said = {message["content"] for message in shots if message["role"] == "user"}
+    files = [settings.path(f"data/eval/{name}.jsonl") for name in registry.SETS]
+    shown = [f"{f.name} row {r.id}" for f in files if f.is_file() for r in read_rows(f) if r.user in said]
+    _refuse("evaluation rows in the prompt of the prompted base", shown)
+    return shots
+
+
+def _opener(settings, contract: Contract, predict: Callable[[str], dict], train: bool) -> Callable:
+    """A function from a model's name to the model, which holds one at a time. It raises SlmError where there is none."""
+    from slm import models
+    from slm.models.program import ProgramModel
+
+    @lru_cache(maxsize=1)
+    def opened(name: str):
+        if name == "majority":
+            constant = contract.dump(majority(seed_rows(settings), contract))
+            return ProgramModel(name, lambda text: constant, f"majority:{constant}")
+        if name == "rules":
+            # Not contract.dump: an output that breaks the contract must be scored as one, not raise.
+            dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+            return ProgramModel(name, lambda text: dump(predict(text)), f"rules:{_source_hash(predict)}")
+        if name == "classical":
+            return classical.fit(training_rows(settings) if train else seed_rows(settings), contract, majority)
+        if name == "larger" and not (larger := models.larger(settings)):
+            raise SlmError("neither model.larger_gguf nor model.larger is set in project.yaml")
+        return larger if name == "larger" else models.student(settings)
+
+    return opened
+
+
+def training_rows(settings) -> list[Row]:
+    """The rows that the run was trained on. Raises SlmError when data/accepted/train.jsonl holds others by now."""
+    file, run = settings.path("data/accepted/train.jsonl"), settings.run_id
+    trained = registry.latest(settings, "runs", stage="train", status="completed", run_id=run)
+    version = trained and trained["parents"]["dataset"]
+    record = registry.latest(settings, "datasets", version=version)
+    if not file.is_file() or not record or record["split"]["files"]["train"] != registry.file_hash(file)[:16]:
+        raise SlmError(f"data/accepted/train.jsonl: not what run {run} was trained on (dataset {version}); train again")
+    return read_rows(file)
 
 
 def save_baselines(settings, contract: Contract, results: Sequence[Result]) -> Path:
     """Write `outputs/eval_reports/<run_id>/baselines.json`, predictions included, with what it was measured on, and
-    the run's record in the registry."""
+    the run's record in the registry with the scores on dev. 06 writes it again with the other sets."""
     path = settings.path(f"outputs/eval_reports/{settings.run_id}/baselines.json")
-    key = {**_key(settings), "contract": contract.schema_hash}
+    key, primary = {**_key(settings), "contract": contract.schema_hash}, contract.primary_metric
     write_json(path, {"run_id": settings.run_id, "key": key, "results": [r.model_dump() for r in results]})
+    dev = [r for r in results if r.set == "dev"]
     registry.append(settings, "runs", {
         "stage": "baseline", "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash, **key,
-        "metrics": {r.name: r.metrics[contract.primary_metric].model_dump() if r.ran else r.reason for r in results},
+        "metrics": {r.name: r.metrics[primary].model_dump() if r.ran else r.reason for r in dev},
         "artefacts": {str(path.relative_to(settings.root)): registry.file_hash(path)},
     })  # fmt: skip
     return path
@@ -161,7 +209,7 @@ def require_baselines(settings) -> Path:
         found = _read(file)["key"]
         if all(found.get(k) == v for k, v in key.items()):
             return file
-    what = "measured for another base model, evaluation set or row limit" if files else "no baselines yet"
+    what = "measured for another base model, evaluation set, row limit or number of examples" if files else "no baselines yet"
     raise SlmError(f"{what}: run 02_baseline with this profile before training.")
 
 
@@ -179,6 +227,7 @@ def _key(settings) -> dict:
         "base": settings.model.base,
         "limit": settings.evaluate.limit,
         "max_new_tokens": settings.evaluate.max_new_tokens,
+        "fewshot": settings.evaluate.fewshot,
     }
 
 

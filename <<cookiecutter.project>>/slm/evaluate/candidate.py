@@ -6,11 +6,12 @@ from pathlib import Path
 from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate.baselines import check_sets, take
+from slm.evaluate.baselines import check_sets, not_held, take
 from slm.evaluate.metrics import Result, evaluate, read_results
 from slm.rows import Row, read_rows, write_json
 
 NAME = "fine_tuned"
+CONSTRAINED = "fine_tuned_constrained"
 
 
 def open_sets(settings, contract: Contract) -> dict[str, list[Row]]:
@@ -26,21 +27,44 @@ def open_sets(settings, contract: Contract) -> dict[str, list[Row]]:
 
 
 def run_candidate(settings, contract: Contract, model, sets: dict[str, list[Row]], endpoint=None) -> list[Result]:
-    """The model on every set with the contract's own prompt, timed on dev; kept for 07 in `scores.json` of the run."""
-    results = [
-        evaluate(settings, contract, model, rows, set=set, name=NAME, latency=set == "dev", endpoint=endpoint)
-        for set, rows in sets.items()
-    ]
+    """The model on every set with the contract's own prompt, then held to the schema where that is measured; timed on
+    dev, kept for 07 and 08 in `scores.json` of the run."""
+    results = []
+    for name, set in [(name, set) for name in (NAME, CONSTRAINED) for set in sets]:
+        held, how = name == CONSTRAINED, {"set": set, "name": name, "latency": set == "dev", "endpoint": endpoint}
+        try:
+            if held and (reason := not_held(settings, set)):
+                raise SlmError(reason)
+            results.append(evaluate(settings, contract, model, sets[set], constrained=held, **how))
+        except SlmError as error:  # a schema that the model cannot be held to is no reason to lose the rest
+            if not held:
+                raise
+            results.append(Result(name=name, set=set, reason=str(error)))
     write_json(scores_file(settings, settings.run_id), [r.model_dump() for r in results])
     return results
 
 
+def add_files(settings, results: Sequence[Result]) -> list[Result]:
+    """Put the results of the exported files into the run's `scores.json`, in place of an earlier export's; returns all."""
+    own = [r for r in load_candidate(settings, settings.run_id) if r.name in (NAME, CONSTRAINED)]
+    write_json(scores_file(settings, settings.run_id), [r.model_dump() for r in [*own, *results]])
+    return [*own, *results]
+
+
 def load_candidate(settings, run_id: str) -> list[Result]:
-    """The fine-tuned model's results of a run, scores included. Raises SlmError when 06 was not run for it."""
+    """A run's results, scores included: the fine-tuned model's, and after 08 its files'. Raises SlmError when 06 was
+    not run for it."""
     file = scores_file(settings, run_id)
     if not file.is_file():
         raise SlmError(f"{file}: run {run_id} has no scores yet; run 06_evaluate first.")
     return read_results(file, "06_evaluate")
+
+
+def scored_sets(settings, results: Sequence[Result]) -> dict[str, list[Row]]:
+    """The rows behind results, by set, as they were asked. No model is asked now: a test set among them is no new look."""
+    registry.check_locked(settings)
+    names = dict.fromkeys(r.set for r in results if r.ran)
+    return {name: take(settings, read_rows(settings.path(f"data/eval/{name}.jsonl"))) for name in names}
 
 
 def scores_file(settings, run_id: str) -> Path:

@@ -6,14 +6,16 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate.metrics import Metric, percentile, primary_statistic, resample
+from slm.evaluate.metrics import Metric, Result, percentile, primary_statistic, resample
+from slm.evaluate.preference import Preference
 from slm.evaluate.scorers import Score
 
 FEW = 30  # below this many rows an interval that excludes zero is still no proof
 
 
 class Comparison(BaseModel):
-    """Candidate against baseline. `difference` is candidate minus baseline in the primary metric."""
+    """Candidate against baseline. `difference` is candidate minus baseline in the primary metric; `mixed`: one side's
+    decoding was held to the schema, the other's not; `preference`: what a judge says of a rewriting task's answers."""
 
     model_config = ConfigDict(extra="forbid")
     candidate: float
@@ -22,14 +24,44 @@ class Comparison(BaseModel):
     mcnemar_p: float
     fixed: list[str]
     broken: list[str]
+    mixed: bool = False
+    preference: Preference | None = None
 
     @computed_field
     @property
-    def verdict(self) -> str:
+    def outcome(self) -> str:
         """ "better", "worse" or "no difference shown": by the interval, and only on 30 rows or more."""
         if self.difference.n < FEW or self.difference.low <= 0 <= self.difference.high:
             return "no difference shown"
         return "better" if self.difference.low > 0 else "worse"
+
+    @computed_field
+    @property
+    def verdict(self) -> str:
+        """The outcome for readers, who are told when the two sides did not decode alike."""
+        return self.outcome + (" (constrained against unconstrained)" if self.mixed else "")
+
+
+def compare_results(candidate: Result, baseline: Result, contract: Contract, settings) -> Comparison:
+    """Compare two Results, as `paired` does their scores. Raises SlmError when one was not run, or when they stand on
+    another version of a set or another contract."""
+    _same(contract, candidate, baseline)
+    found = paired(candidate.scores, baseline.scores, contract, settings)
+    return found.model_copy(update={"mixed": candidate.constrained != baseline.constrained})
+
+
+def _same(contract: Contract, *results: Result) -> None:
+    first = results[0]
+    for other in results:
+        a, b = f"{first.name} on {first.set}", f"{other.name} on {other.set}"
+        if not other.ran:
+            raise SlmError(f"{b} was not run ({other.reason}), so there is nothing to compare.")
+        if (first.set, first.set_hash) != (other.set, other.set_hash):
+            hashes = f"{first.set_hash[:12] or 'no hash'} against {other.set_hash[:12] or 'no hash'}"
+            raise SlmError(f"{a} and {b} were measured on different rows ({hashes}); run both on today's set.")
+        if {first.contract_hash, other.contract_hash} != {contract.schema_hash}:
+            hashes = f"{first.contract_hash} and {other.contract_hash}, today's is {contract.schema_hash}"
+            raise SlmError(f"{a} and {b} were not both measured under today's contract ({hashes}); run both again.")
 
 
 def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Contract, settings) -> Comparison:
@@ -60,6 +92,55 @@ def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Cont
         difference=percentile(value_a - value_b, stat_a(draws) - stat_b(draws), settings.evaluate.confidence, n),
         mcnemar_p=float(mcnemar([[0, len(fixed)], [len(broken), 0]], exact=True).pvalue) if fixed or broken else 1.0,
     )  # fmt: skip
+
+
+def gap_closed(tuned: Result, base: Result, larger: Result, contract: Contract, settings) -> Metric | None:
+    """(tuned - base) / (larger - base) in the primary metric, with its paired bootstrap interval: 1 is as good as the
+    larger model. None when the larger model is not shown to be better than the base: then there is no gap to close.
+    Raises SlmError when the three do not stand on the same rows."""
+    import numpy as np
+
+    if compare_results(larger, base, contract, settings).outcome != "better":
+        return None
+    compare_results(tuned, base, contract, settings)
+    order = [s.row_id for s in tuned.scores]
+    rows = [sorted(r.scores, key=lambda s: order.index(s.row_id)) for r in (tuned, base, larger)]
+    n, (t, b, g) = len(order), (primary_statistic(scores, contract) for scores in rows)
+
+    def share(draws):
+        gap = g(draws) - b(draws)
+        return ((t(draws) - b(draws)) / np.where(gap, gap, np.nan))[gap != 0]
+
+    draws = resample(n, settings.evaluate.resamples)
+    return percentile(float(share(np.arange(n)[None])[0]), share(draws), settings.evaluate.confidence, n)
+
+
+def seeds(results: Sequence[Result], confidence: float = 0.95) -> Metric:
+    """The mean of the primary metric over runs that differ in their seed alone, with its t interval (n: runs). It says
+    how far training varies; one run has that run's own interval. Raises SlmError when they stand on different rows."""
+    import numpy as np
+    from scipy.stats import sem, t
+
+    first, values = results[0], [next(iter(r.metrics.values())).value for r in results]
+    for other in results:
+        if (first.set, first.set_hash, first.contract_hash) != (other.set, other.set_hash, other.contract_hash):
+            raise SlmError(
+                f"{first.fingerprint} and {other.fingerprint}: these runs were measured on different sets or contracts."
+            )
+    if len(values) == 1 or np.ptp(values) == 0:
+        return next(iter(first.metrics.values()))
+    mean, reach = float(np.mean(values)), float(t.ppf((1 + confidence) / 2, len(values) - 1) * sem(values))
+    return Metric(value=mean, low=max(0.0, mean - reach), high=min(1.0, mean + reach), n=len(values))
+
+
+def holm(comparisons: dict[str, Comparison]) -> dict[str, float]:
+    """The McNemar p-values of several comparisons, adjusted for their number (Holm 1979)."""
+    from statsmodels.stats.multitest import multipletests
+
+    if not comparisons:
+        return {}
+    adjusted = multipletests([c.mcnemar_p for c in comparisons.values()], method="holm")[1]
+    return dict(zip(comparisons, map(float, adjusted), strict=True))
 
 
 def detectable_difference(n: int, spread: float = 0.4, confidence: float = 0.95, power: float = 0.8) -> float:

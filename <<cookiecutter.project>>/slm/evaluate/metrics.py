@@ -9,20 +9,42 @@ from pydantic import BaseModel, ConfigDict
 
 from slm.contract import Contract
 from slm.errors import SlmError
+from slm.evaluate.calibration import ece_statistic, reliability, sureness
 from slm.evaluate.scorers import Score, answer_rows, prompt_messages, row_metric
 from slm.registry import file_hash
 from slm.rows import DIFFICULTIES, Row, explain
 
 NO_ANSWER = "(unreadable)"
-COMMON = ("exact_match", "schema_validity", "schema_error_rate", "lenient_schema_validity")
+COMMON = (
+    "exact_match", "lenient_exact_match", "schema_validity", "schema_error_rate", "lenient_schema_validity", "error_rate",
+    "endless_rate", "echo_rate",
+)  # fmt: skip
+FIELDWISE = (
+    "field_f1",
+    "field_precision",
+    "field_recall",
+    "field_micro_f1",
+    "critical_field_accuracy",
+    "exact_key_match",
+)
 BY_TYPE = {
-    "extraction": ("field_f1", "critical_field_accuracy", "record_parse_rate"),
-    "json_generation": ("field_f1", "critical_field_accuracy", "record_parse_rate"),
+    "extraction": (*FIELDWISE, "record_parse_rate"),
+    "json_generation": (*FIELDWISE, "json_parse_rate", "record_parse_rate"),
     "tool_calling": (
-        "tool_name_accuracy", "required_argument_accuracy", "argument_f1", "json_parse_rate", "unsafe_tool_call_rate"
+        "tool_name_accuracy", "required_argument_accuracy", "argument_f1", "argument_accuracy", "json_parse_rate",
+        "unsafe_tool_call_rate", "executable_success",
     ),
     "classification": ("json_parse_rate", "false_positive_rate", "false_negative_rate"),
+    "rewriting": ("constraint_pass_rate", "rubric_score"),
+    "qa": ("answer_correctness", "answer_f1", "citation_support", "citation_recall", "hallucination_rate"),
+    "review": (
+        "issue_f1", "issue_precision", "issue_recall", "false_positive_rate", "severity_accuracy", "severity_error",
+        "severity_bias",
+    ),
+    "planning": ("step_validity", "step_recall", "tool_sequence_accuracy", "execution_success"),
+    "safety": ("violation_recall", "false_refusal_rate", "jailbreak_resistance"),
 }  # fmt: skip
+FEW_ENDLESS = 0.05  # more answers than this that hit max_new_tokens, or repeat the prompt, get a warning
 SLICES = ("category", "kind", "difficulty", "language")
 
 
@@ -83,22 +105,28 @@ def read_results(file: Path, stage: str) -> list[Result]:
         raise SlmError(f"{file}: {explain(error)}; run {stage} again.") from None
 
 
-def interval(values: Sequence[float], resamples: int, confidence: float, seed: int = 0) -> Metric:
-    """Mean of per-row values in [0, 1]: Wilson's interval for 0/1 values, else the percentile bootstrap over rows.
-    Without any spread the bootstrap would claim certainty; Wilson's interval, the wider one, is taken then. Source:
-    Wilson 1927 (statsmodels proportion_confint); Efron 1979."""
+def interval(
+    values: Sequence[float], resamples: int, confidence: float, seed: int = 0, weights: Sequence[float] | None = None
+) -> Metric:
+    """Mean of per-row values: Wilson's interval for 0/1 values, else the percentile bootstrap over rows. With `weights`
+    (all above 0) sum(values) / sum(weights): a micro average. Without any spread the bootstrap would claim certainty;
+    Wilson's interval, the wider one, is taken then. Source: Wilson 1927 (statsmodels proportion_confint); Efron 1979."""
     import numpy as np
     from statsmodels.stats.proportion import proportion_confint
 
-    data = np.asarray(values, dtype=float)
+    data, whole = (
+        np.asarray(values, dtype=float),
+        np.asarray([1.0] * len(values) if weights is None else weights, dtype=float),
+    )
     n = len(data)
     if n == 0:
         return Metric(value=0.0, low=0.0, high=1.0, n=0)
-    mean = float(data.mean())
-    if np.isin(data, (0.0, 1.0)).all() or np.ptp(data) == 0:
+    mean, single = float(data.sum() / whole.sum()), data / whole
+    if 0 <= mean <= 1 and ((np.isin(data, (0.0, 1.0)).all() and (whole == 1).all()) or np.ptp(single) == 0):
         low, high = proportion_confint(mean * n, n, alpha=1 - confidence, method="wilson")
         return Metric(value=mean, low=min(float(low), mean), high=max(float(high), mean), n=n)
-    return percentile(mean, data[resample(n, resamples, seed)].mean(axis=1), confidence, n)
+    rows = resample(n, resamples, seed)
+    return percentile(mean, data[rows].sum(axis=1) / whole[rows].sum(axis=1), confidence, n)
 
 
 def resample(n: int, resamples: int, seed: int = 0):
@@ -123,32 +151,51 @@ def labels(scores: Sequence[Score], contract: Contract) -> tuple[list[str], list
     return want, got
 
 
+def parts(scores: Sequence[Score], contract: Contract, name: str):
+    """A metric's shares as two arrays, sum(first) / sum(second) being its value; 0 and 0 where a row says nothing."""
+    import numpy as np
+
+    shares = [row_metric(name)(score, contract) for score in scores]
+    pairs = [s if isinstance(s, tuple) else (0.0, 0.0) if s is None else (s, 1.0) for s in shares]
+    return np.array(pairs, dtype=float).reshape(-1, 2).T
+
+
 def primary_statistic(scores: Sequence[Score], contract: Contract) -> Callable:
     """A function from row numbers (draws, n) to the primary metric of each draw (draws,)."""
     import numpy as np
 
-    if contract.primary_metric == "macro_f1":
-        return macro_f1_statistic(*labels(scores, contract))
-    values = np.array([s.value for s in scores])
-    return lambda rows: values[rows].mean(axis=1)
+    if contract.primary_metric in TABLES:
+        return table_statistic(*labels(scores, contract), contract.primary_metric)
+    hits, whole = parts(scores, contract, contract.primary_metric)
+    return lambda rows: hits[rows].sum(axis=1) / np.maximum(whole[rows].sum(axis=1), 1e-12)
 
 
-def macro_f1_statistic(want: list[str], got: list[str]) -> Callable:
-    """The unweighted mean of F1 over the classes that occur among the expected labels of a draw."""
+# Metrics that need the whole confusion matrix: functions of hits, expected and given counts, each (draws, classes). The
+# mean is over the classes that occur among the expected labels of a draw; rates are of each class against the rest.
+TABLES: dict[str, Callable] = {
+    "macro_f1": lambda hit, want, got: 2 * hit / (want + got).clip(1),
+    "false_positive_rate": lambda hit, want, got: (got - hit) / (want.sum(1, keepdims=True) - want).clip(1),
+    "false_negative_rate": lambda hit, want, got: 1 - hit / want.clip(1),
+}
+
+
+def table_statistic(want: list[str], got: list[str], name: str = "macro_f1") -> Callable:
+    """A function from row numbers (draws, n) to a metric of TABLES of each draw (draws,)."""
     import numpy as np
 
-    names = sorted(set(want) | set(got))
-    code = {name: i for i, name in enumerate(names)}
-    w, g = np.array([code[x] for x in want]), np.array([code[x] for x in got])
+    names = sorted({*want, *got})
+    k, code = len(names), {label: i for i, label in enumerate(names)}
+    cells = np.array([code[w] * k + code[g] for w, g in zip(want, got, strict=True)])
 
     def statistic(rows):
-        k, out = len(names), np.empty(len(rows))
-        for i, draw in enumerate(rows):
-            table = np.bincount(w[draw] * k + g[draw], minlength=k * k).reshape(k, k)
-            support, given, hit = table.sum(1), table.sum(0), np.diag(table)
-            f1 = 2 * hit / np.maximum(support + given, 1)
-            out[i] = f1[support > 0].mean()
-        return out
+        found = []
+        for part in np.array_split(rows, -(-len(rows) // 100)):
+            flat = cells[part] + np.arange(len(part))[:, None] * k * k
+            table = np.bincount(flat.ravel(), minlength=len(part) * k * k).reshape(-1, k, k)
+            want, got, hit = table.sum(2), table.sum(1), np.diagonal(table, axis1=1, axis2=2)
+            there = want > 0
+            found.append((TABLES[name](hit, want, got) * there).sum(1) / there.sum(1))
+        return np.concatenate(found)
 
     return statistic
 
@@ -160,35 +207,80 @@ def metric_names(contract: Contract) -> list[str]:
 
 
 def measure(scores: Sequence[Score], contract: Contract, settings) -> dict[str, Metric]:
-    """Every metric of the contract's task type, and `field.<name>` for each field, with intervals."""
+    """Every metric of the contract's task type, `constraint.<name>` for each constraint and `field.<name>` for each
+    field, and `ece` and `brier` where answers carry probabilities; with intervals. A metric that no row says anything
+    about is left out."""
     import numpy as np
 
     resamples, confidence, n = settings.evaluate.resamples, settings.evaluate.confidence, len(scores)
-    values = {}
-    for name in metric_names(contract):
-        values[name] = [v for s in scores if (v := row_metric(name)(s, contract)) is not None]
-    for name in dict.fromkeys(n for s in scores for n in s.fields):
-        values[f"field.{name}"] = [float(s.fields[name]) for s in scores if name in s.fields]
-    found = {name: interval(v, resamples, confidence) for name, v in values.items() if v}
-    if "macro_f1" in found:
-        statistic = macro_f1_statistic(*labels(scores, contract))
+    # Without a null label the rates of a classification are the mean over its classes.
+    tables = {"macro_f1"} | ({"false_positive_rate", "false_negative_rate"} if contract.null_label is None else set())
+    tables = tables & TABLES.keys() if contract.label_field else set()
+    found: dict[str, Metric] = {}
+
+    def over_all(name: str, statistic: Callable, n: int) -> None:
         value, draws = float(statistic(np.arange(n)[None])[0]), statistic(resample(n, resamples))
-        found["macro_f1"] = percentile(value, draws, confidence, n)
-        if np.ptp(draws) == 0:  # no spread is no certainty, see `interval`
-            found["macro_f1"] = interval([value] * n, resamples, confidence)
+        # No spread is no certainty, see `interval`.
+        found[name] = (
+            percentile(value, draws, confidence, n) if np.ptp(draws) else interval([value] * n, resamples, confidence)
+        )
+
+    own = [name for name in dict.fromkeys(n for s in scores for n in s.shares) if name.startswith("constraint.")]
+    for name in [*metric_names(contract), *own] if n else []:
+        if name in tables:
+            over_all(name, table_statistic(*labels(scores, contract), name), n)
+            continue
+        hits, whole = parts(scores, contract, name)
+        if whole.any():
+            found[name] = interval(hits[whole > 0], resamples, confidence, weights=whole[whole > 0])
+    for name in dict.fromkeys(n for s in scores for n in s.fields):
+        right = [float(s.fields[name]) for s in scores if name in s.fields]
+        found[f"field.{name}"] = interval(right, resamples, confidence)
+    sure, right = sureness(scores, contract)
+    if sure:
+        over_all("ece", ece_statistic(sure, right), len(sure))
+        found["brier"] = interval([(c - r) ** 2 for c, r in zip(sure, right, strict=True)], resamples, confidence)
     return found
 
 
-def by_slice(scores: Sequence[Score], rows: Sequence[Row], settings) -> dict[str, dict[str, Metric]]:
-    """The row value by category, kind, difficulty and language; names of slices as "kind=boundary"."""
-    result = {}
+def by_slice(
+    scores: Sequence[Score], rows: Sequence[Row], contract: Contract, settings
+) -> dict[str, dict[str, Metric]]:
+    """The primary metric by category, kind, difficulty and language: {"kind": {"boundary": Metric}}."""
+    result, (hits, whole), own = {}, parts(scores, contract, contract.primary_metric), settings.evaluate
     for key in SLICES:
-        groups: dict[str, list[float]] = {}
-        for score, row in zip(scores, rows, strict=True):
-            groups.setdefault(str(getattr(row.meta, key)), []).append(score.value)
+        groups: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            if whole[i]:
+                groups.setdefault(str(getattr(row.meta, key)), []).append(i)
         names = [d for d in DIFFICULTIES if d in groups] if key == "difficulty" else sorted(groups)
-        result[key] = {n: interval(groups[n], settings.evaluate.resamples, settings.evaluate.confidence) for n in names}
+        result[key] = {
+            n: interval(hits[groups[n]], own.resamples, own.confidence, weights=whole[groups[n]]) for n in names
+        }
     return result
+
+
+def suspicions(scores: Sequence[Score], contract: Contract) -> list[str]:
+    """What makes a result doubtful, a sentence each: collapse, echo, endless generation, failed requests."""
+    n, found = len(scores), []
+    expected = Counter(str(contract.label(s.expected)) for s in scores)
+    given = Counter(
+        str(contract.label(s.lenient_parsed)) for s in scores if contract.label(s.lenient_parsed) is not None
+    )
+    label, count = given.most_common(1)[0] if given else ("", 0)
+    if n > 1 and len({s.text for s in scores}) == 1 and len({json.dumps(s.expected) for s in scores}) > 1:
+        found.append(f"collapse: one and the same output for all {n} rows, {scores[0].text[:60]!r}.")
+    elif len(expected) > 1 and count / n > max(0.9, 1.5 * expected[label] / n):
+        found.append(f"collapse: the label {label} on {count} of {n} rows; {expected[label]} rows have it.")
+    for name, text in (
+        ("echo_rate", "echo: {} of {} answers repeat the prompt or stand in it."),
+        ("endless_rate", "endless: {} of {} answers did not stop before evaluate.max_new_tokens; they are cut off."),
+        ("error_rate", "errors: {} of {} requests failed and count as wrong; the score is that of the endpoint too."),
+    ):
+        bad = int(parts(scores, contract, name)[0].sum())
+        if bad > (0 if name == "error_rate" else FEW_ENDLESS * n):
+            found.append(text.format(bad, n))
+    return found
 
 
 def confusion(scores: Sequence[Score], contract: Contract) -> dict:
@@ -203,32 +295,46 @@ def confusion(scores: Sequence[Score], contract: Contract) -> dict:
 
 def evaluate(
     settings, contract: Contract, model, rows: Sequence[Row], *, set: str, name: str, shots: Sequence[dict] = (),
-    latency: bool = False, endpoint=None,
+    latency: bool = False, endpoint=None, constrained: bool = False,
 ) -> Result:  # fmt: skip
     """Ask, score and measure one model on one set; answers come from the cache where they can. `latency=True` also
     times `evaluate.latency_requests` lone requests, uncached. `endpoint` holds the prices of a hosted model; without it
-    a request costs its share of the machine's hourly rate."""
+    a request costs its share of the machine's hourly rate. `constrained`: decoding is held to the contract's schema.
+    A rewriting task is scored by the rubric too, where `evaluate.judge` is set."""
+    from slm.evaluate.preference import add_rubric
     from slm.models import Prompt, alone, cached
 
-    scores = answer_rows(cached(model, settings), rows, contract, settings.evaluate.max_new_tokens, shots)
-    file = settings.path(f"data/eval/{set}.jsonl")
+    schema, most = contract.schema if constrained else None, settings.evaluate.max_new_tokens
+    scores = answer_rows(cached(model, settings), rows, contract, most, shots, schema)
+    if contract.task_type == "rewriting" and settings.evaluate.judge.url:
+        add_rubric(settings, contract, rows, scores)
+    file, n = settings.path(f"data/eval/{set}.jsonl"), max(1, len(scores))
     result = Result(
         name=name, set=set, model=model.name, fingerprint=model.fingerprint, contract_hash=contract.schema_hash,
         set_hash=file_hash(file) if file.is_file() else "", metrics=measure(scores, contract, settings),
-        slices=by_slice(scores, rows, settings), confusion=confusion(scores, contract), scores=scores,
-        prompt_tokens=sum(s.prompt_tokens for s in scores) / max(1, len(scores)),
-        completion_tokens=sum(s.completion_tokens for s in scores) / max(1, len(scores)),
+        slices=by_slice(scores, rows, contract, settings), confusion=confusion(scores, contract), scores=scores,
+        constrained=constrained, calibration=reliability(scores, contract),
+        warnings=[] if name == "majority" else suspicions(scores, contract),
+        prompt_tokens=sum(s.prompt_tokens for s in scores) / n, completion_tokens=sum(s.completion_tokens for s in scores) / n,
     )  # fmt: skip
     if latency:
         import numpy as np
 
         step = max(1, len(rows) // settings.evaluate.latency_requests)
-        picked = list(range(0, len(rows), step))[: settings.evaluate.latency_requests]
-        prompts = [Prompt(prompt_messages(contract, rows[i], shots), settings.evaluate.max_new_tokens) for i in picked]
-        waits = alone(model, prompts, n=len(prompts))
-        result.latency_p50_s, result.latency_p95_s = (float(q) for q in np.percentile(waits, [50, 95]))
-        tokens = sum(scores[i].completion_tokens for i in picked)
+        picked = rows[::step][: settings.evaluate.latency_requests]
+        prompts = [Prompt(prompt_messages(contract, row, shots), most, schema) for row in picked]
+        answers = alone(model, prompts, n=len(prompts))
+        waits, firsts = (
+            [a.latency_s for a in answers],
+            [a.first_token_s for a in answers if a.first_token_s is not None],
+        )
+        result.latency_p50_s, result.latency_p95_s, result.latency_p99_s = map(
+            float, np.percentile(waits, [50, 95, 99])
+        )
+        result.first_token_s = float(np.median(firsts)) if firsts else None
+        tokens = sum(a.completion_tokens for a in answers)
         result.tokens_per_second = tokens / sum(waits) if tokens else None
+        result.memory_mb = getattr(model, "memory_mb", None)  # programs and endpoints have none
         result.cost_per_1k_requests = cost_per_1k(settings, result, endpoint)
     return result
 

@@ -101,7 +101,7 @@ def plot(contract: Contract, reference: Scored, shipped: Sequence[Scored], path:
     score.set_ylim(max(0, min([m.low for m in found] + [best.low]) - 0.05), 1.02)
     score.set(xlabel="size (MB)", ylabel=f"{name} (bar: interval)", title=f"score on golden, n = {len(reference.scores)}")
     score.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    speed.barh([one.name for one in shipped], [one.tokens_per_second for one in shipped], color="#a0aec0")
+    speed.barh([one.name for one in shipped], [one.results[-1].tokens_per_second or 0 for one in shipped], color="#a0aec0")
     speed.invert_yaxis()
     speed.set(xlabel="generated tokens per second", title="speed of a lone request")
     for axes in (score, speed):

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate import Metric, Score, measure, paired, take
-from slm.evaluate.scorers import answer_rows, prompt_messages
+from slm.evaluate import Metric, Result, Score, evaluate, measure, paired, take
+from slm.evaluate.scorers import answer_rows
 from slm.export.merge import adapter_folder
 from slm.export.quantize import GgufFile
-from slm.models import Prompt, cached, student
+from slm.models import cached, student
 from slm.models.llama_cpp import LlamaCppModel
 from slm.registry import check_locked
 from slm.rows import Row, read_rows
@@ -22,7 +22,8 @@ LOOP = re.compile(r"(.{4,200}?)\1{3,}", re.DOTALL)
 
 @dataclass(frozen=True)
 class Scored:
-    """One way through one file (or the adapter itself) on the golden rows; latency is a lone caller's, in seconds."""
+    """One way through one file (or the adapter itself) on the golden rows. `results` are a shipped file's, golden first;
+    the last one is timed."""
 
     name: str
     way: str
@@ -30,7 +31,7 @@ class Scored:
     scores: list[Score]
     metrics: dict[str, Metric]
     file: GgufFile | None = None
-    memory_mb: float | None = None  # growth of the process's resident memory with the file loaded and one answer given
+    results: tuple[Result, ...] = ()
 
     @property
     def exact(self) -> int:
@@ -46,18 +47,6 @@ class Scored:
     def repeated(self) -> int:
         """Answers in which a piece of four characters or more stands at least four times in a row."""
         return sum(bool(LOOP.search(s.text)) for s in self.scores)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens per second of a lone request, the reading of the prompt included."""
-        waited = sum(s.latency_s for s in self.scores)
-        return sum(s.completion_tokens for s in self.scores) / waited if waited else 0.0
-
-    def latency(self, share: float) -> float:
-        """A quantile of the latency."""
-        import numpy as np
-
-        return float(np.quantile([s.latency_s for s in self.scores], share))
 
 
 class RenderedPrompts:
@@ -93,21 +82,23 @@ def score_adapter(settings, contract: Contract, rows: Sequence[Row]) -> Scored:
     return _score(settings, contract, rows, student(settings, adapter_folder(settings)), ADAPTER, "transformers", 1.0)
 
 
-def score_files(settings, contract: Contract, rows: Sequence[Row], files: Sequence[GgufFile]) -> list[Scored]:
-    """Every file as it is shipped: messages through the runtime's own template, with the shipped repeat_penalty."""
-    import psutil
-
+def score_files(
+    settings, contract: Contract, rows: Sequence[Row], files: Sequence[GgufFile], dev: Sequence[Row] = ()
+) -> list[Scored]:
+    """Every file as it is shipped: messages through the runtime's own template, with the shipped repeat_penalty. The
+    golden `rows` decide; the `dev` rows stand in the evaluation report, and lone requests of them are timed."""
     found, penalty = [], settings.export.repeat_penalty
+    sets = [(name, part) for name, part in (("golden", rows), ("dev", dev)) if part]
     for file in files:
-        before = psutil.Process().memory_info().rss
         model = LlamaCppModel(file.path, context=settings.export.context, repeat_penalty=penalty)
         try:
-            # Touches every weight once, outside the measured requests.
-            model.answer([Prompt(prompt_messages(contract, rows[0]), settings.evaluate.max_new_tokens)])
-            memory = max(0.0, (psutil.Process().memory_info().rss - before) / 1e6)
-            found.append(_score(settings, contract, rows, model, file.quant, MESSAGES, penalty, file, memory))
+            results = [
+                evaluate(settings, contract, model, part, set=name, name=file.quant, latency=name == sets[-1][0])
+                for name, part in sets
+            ]
         finally:
             model.close()
+        found.append(Scored(file.quant, MESSAGES, penalty, results[0].scores, results[0].metrics, file, tuple(results)))
     return found
 
 
@@ -158,6 +149,7 @@ def table(settings, contract: Contract, reference: Scored, found: Sequence[Score
     lines, tolerance = [], settings.export.tolerance_rows
     for one in [reference, *found]:
         file, n, pair = one.file, len(one.scores), paired(one.scores, reference.scores, contract, settings)
+        timed = one.results[-1] if one.results else None
         difference = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**pair.difference.model_dump())
         lines.append({
             "file": one.name, "path": one.way, "repeat_penalty": one.repeat_penalty,
@@ -166,16 +158,16 @@ def table(settings, contract: Contract, reference: Scored, found: Sequence[Score
             "fixed": len(pair.fixed), "broken": len(pair.broken), "parse rate": f"{one.metrics['schema_validity'].value:.3f}",
             "endless": f"{one.endless}/{n}", "repeated": f"{one.repeated}/{n}",
             "size MB": round(file.size_mb, 1) if file else "-",
-            **{f"p{p} s": round(one.latency(p / 100), 3) if file else "-" for p in (50, 95)},
-            "tokens/s": round(one.tokens_per_second, 1) if file else "-",
-            "memory MB": round(one.memory_mb) if one.memory_mb is not None else "-",
+            "p50 s": round(timed.latency_p50_s, 3) if timed else "-", "p95 s": round(timed.latency_p95_s, 3) if timed else "-",
+            "tokens/s": round(timed.tokens_per_second or 0, 1) if timed else "-",
+            "memory MB": round(timed.memory_mb) if timed and timed.memory_mb is not None else "-",
             "holds": "-" if one is reference else "yes" if holds(one, reference, tolerance) else "no",
         })  # fmt: skip
     return lines
 
 
-def _score(settings, contract, rows, model, name, way, penalty, file=None, memory=None) -> Scored:
+def _score(settings, contract, rows, model, name, way, penalty, file=None) -> Scored:
     if not rows:
         raise SlmError("data/eval/golden.jsonl: no rows; an export cannot be proven without them.")
     scores = answer_rows(cached(model, settings), rows, contract, settings.evaluate.max_new_tokens)
-    return Scored(name, way, penalty, scores, measure(scores, contract, settings), file, memory)
+    return Scored(name, way, penalty, scores, measure(scores, contract, settings), file)

@@ -109,7 +109,8 @@ def larger(settings) -> Model | None:
         from slm.models.llama_cpp import LlamaCppModel
 
         file = Path(settings.model.larger_gguf).expanduser()
-        return LlamaCppModel(file if file.is_absolute() else settings.root / file, context=settings.evaluate.context)
+        file = file if file.is_absolute() else settings.root / file
+        return LlamaCppModel(file, context=settings.evaluate.context, slots=settings.evaluate.slots)
     if settings.model.larger.url:
         from slm.models.openai_api import OpenAIModel
 
@@ -117,8 +118,24 @@ def larger(settings) -> Model | None:
     return None
 
 
-def alone(model: Model, prompts: Iterable[Prompt], n: int = 8) -> list[float]:
-    """Seconds per request, one request at a time after one warm-up, uncached: what a lone caller waits."""
+def alone(model: Model, prompts: Iterable[Prompt], n: int = 8) -> list[Answer]:
+    """The answers to one request at a time after one warm-up, uncached: what a lone caller waits and gets."""
     picked = list(prompts)[:n]
     model.answer(picked[:1])
-    return [model.answer([prompt])[0].latency_s for prompt in picked]
+    return [model.answer([prompt])[0] for prompt in picked]
+
+
+def common_prefix(ids: list[list[int]]) -> int:
+    """How many leading tokens all prompts share, leaving each at least one of its own; 0 for a lone prompt."""
+    if len(ids) < 2:
+        return 0
+    low, high = min(ids), max(ids)
+    shared = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return min(shared, min(len(row) for row in ids) - 1)
+
+
+def resident_mb() -> float:
+    """Megabytes of memory that this process holds."""
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e6

@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from slm.errors import SlmError
-from slm.models.base import Answer, Prompt
+from slm.models.base import Answer, Prompt, common_prefix
 
 
 class HFModel:
@@ -99,15 +99,6 @@ class HFModel:
         kept = tokens if stop is None else tokens[:stop]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return Answer(text, seconds, prompt_tokens, len(kept), "length" if stop is None else "stop")
-
-
-def common_prefix(ids: list[list[int]]) -> int:
-    """How many leading tokens all prompts share, leaving each at least one of its own; 0 for a lone prompt."""
-    if len(ids) < 2:
-        return 0
-    low, high = min(ids), max(ids)
-    shared = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return min(shared, min(len(row) for row in ids) - 1)
 
 
 def hash_text(text: str) -> str:

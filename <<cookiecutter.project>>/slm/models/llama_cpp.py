@@ -1,19 +1,21 @@
 """A GGUF file in llama.cpp, in process. Three ways in: messages, rendered text, token ids (to attribute a drop)."""
 
 import json
-import time
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from slm.errors import SlmError
-from slm.models.base import Answer, Prompt
+from slm.models.base import Answer, Prompt, common_prefix, resident_mb
+from slm.models.sequences import CELLS, Job, Sequences
 
 
 class LlamaCppModel:
-    """A GGUF file; the prompt's common prefix stays in the runtime's cache between calls."""
+    """A GGUF file; `slots` prompts are decoded together, a lone one starts from what it shares with the one before."""
 
-    def __init__(self, file: Path, context: int = 2048, threads: int | None = None, repeat_penalty: float = 1.0):
+    def __init__(
+        self, file: Path, context: int = 2048, threads: int | None = None, repeat_penalty: float = 1.0, slots: int = 16
+    ):
         from slm.registry import file_hash
 
         file = Path(file)
@@ -21,27 +23,29 @@ class LlamaCppModel:
             raise SlmError(f"{file}: there is no such GGUF file.")
         import llama_cpp
 
-        try:
+        self._before = resident_mb()
+        try:  # its own context stays unused: Sequences makes one for as many sequences as are needed
             self.llama = llama_cpp.Llama(
-                str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False, seed=0
+                str(file), n_ctx=CELLS, n_threads=threads, n_threads_batch=threads, verbose=False, seed=0
             )
         except ValueError as error:
             raise SlmError(f"{file}: llama.cpp cannot load it ({error}); make it again with 08_export.") from None
-        self.name, self.file, self._penalty, self._grammars = file.stem, file, repeat_penalty, {}
-        self.fingerprint = f"llama.cpp {llama_cpp.__version__} {file_hash(file)[:16]} ctx{context} rp{repeat_penalty}"
+        self.name, self.file, self.memory_mb, self._grammars = file.stem, file, None, {}
+        self._context, self._penalty = context, repeat_penalty
+        self._sequences = Sequences(self.llama, slots, repeat_penalty)
+        self.fingerprint = f"llama.cpp2 {llama_cpp.__version__} {file_hash(file)[:16]} ctx{context} rp{repeat_penalty}"
 
     def answer(self, prompts: list[Prompt]) -> list[Answer]:
-        """Messages through the runtime's own chat template; constrained to `schema` where a prompt has one."""
-        return [self._chat(prompt) for prompt in tqdm(prompts, desc=self.name, leave=False, mininterval=1)]
+        """Messages through the file's own chat template; constrained to `schema` where a prompt has one."""
+        return self._run([(*self._render(prompt.messages), prompt) for prompt in prompts])
 
-    def answer_text(self, text: str | list[int], max_tokens: int, stop: list[str] | None = None) -> Answer:
-        """Complete a rendered prompt. Text is tokenized here with special tokens parsed and no BOS added; ids go as they are."""
-        ids = self.tokenize(text) if isinstance(text, str) else text
-        begin = time.perf_counter()
-        out = self.llama.create_completion(
-            ids, max_tokens=max_tokens, temperature=0.0, top_p=1.0, repeat_penalty=self._penalty, stop=stop or []
-        )
-        return self._answer(out["choices"][0]["text"], out, begin)
+    def answer_ids(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
+        """Complete rendered prompts, given as token ids."""
+        return self._run([(ids, [], Prompt([], max_tokens)) for ids in prompts])
+
+    def answer_text(self, text: str | list[int], max_tokens: int) -> Answer:
+        """Complete one rendered prompt. Text is tokenized here with special tokens parsed and no BOS added."""
+        return self.answer_ids([self.tokenize(text) if isinstance(text, str) else text], max_tokens)[0]
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a rendered prompt: special tokens parsed, nothing added."""
@@ -49,43 +53,93 @@ class LlamaCppModel:
 
     def close(self) -> None:
         """Give the memory back."""
+        self._sequences.close()
         self.llama.close()
 
-    def _chat(self, prompt: Prompt) -> Answer:
-        grammar = self._grammar(prompt.schema) if prompt.schema else None
-        begin = time.perf_counter()
+    def _render(self, messages: list[dict]) -> tuple[list[int], list[str]]:
+        """Token ids and stop texts of a chat, as `create_chat_completion` would complete it."""
+        from jinja2 import TemplateError
+        from llama_cpp import llama_chat_format
+
+        chat, seen = self.llama.chat_format, _Recorder(self.llama)
         try:
-            out = self.llama.create_chat_completion(
-                prompt.messages, max_tokens=prompt.max_tokens, temperature=prompt.temperature, top_p=1.0,
-                repeat_penalty=self._penalty, grammar=grammar, seed=prompt.seed,
+            (self.llama._chat_handlers.get(chat) or llama_chat_format.get_chat_completion_handler(chat))(
+                llama=seen, messages=messages, stream=True
+            )
+        except (ValueError, TemplateError) as error:
+            raise SlmError(f"{self.file}: its chat template refuses the messages ({error}).") from None
+        return seen.ids, seen.stop
+
+    def _run(self, asked: list[tuple[list[int], list[str], Prompt]]) -> list[Answer]:
+        import llama_cpp
+
+        jobs = [self._job(*one) for one in asked]
+        fitting = [job for job in jobs if job.limit > 0]
+        try:
+            if fitting:
+                with tqdm(total=len(fitting), desc=self.name, leave=False, mininterval=1) as bar:
+                    self._sequences.run(fitting, common_prefix([job.ids for job in fitting]), bar.update)
+        finally:
+            for job in jobs:
+                if job.grammar:
+                    llama_cpp.llama_sampler_free(job.grammar)
+        if fitting and self.memory_mb is None:
+            self.memory_mb = max(0.0, resident_mb() - self._before)
+        return [self._answer(job, len(fitting) == 1) for job in jobs]
+
+    def _job(self, ids: list[int], stop: list[str], prompt: Prompt) -> Job:
+        import llama_cpp
+
+        limit = min(prompt.max_tokens, self._context - len(ids))
+        job = Job(ids, limit, [s.encode() for s in stop])
+        if prompt.temperature:
+            self.llama.set_seed(prompt.seed)
+            job.sampler = self.llama._init_sampler(
+                temp=prompt.temperature, top_p=1.0, repeat_penalty=self._penalty,
+                grammar=self._grammar(prompt.schema)[0] if prompt.schema else None,
             )  # fmt: skip
-        except ValueError as error:  # a prompt longer than the context
-            return Answer(f"[{error}]", time.perf_counter() - begin, finish_reason="error")
-        return self._answer(out["choices"][0]["message"]["content"] or "", out, begin)
+        elif prompt.schema and limit > 0:
+            job.grammar = llama_cpp.llama_sampler_clone(self._grammar(prompt.schema)[1])
+        return job
+
+    def _answer(self, job: Job, lone: bool) -> Answer:
+        if job.limit <= 0:
+            text = f"[the prompt has {len(job.ids)} tokens, the context {self._context}]"
+            return Answer(text, 0.0, len(job.ids), finish_reason="error")
+        pieces = job.pieces()
+        return Answer(
+            "".join(text for text, _ in pieces), job.seconds, len(job.ids), len(job.tokens), job.finish,
+            job.first_s if lone else None, pieces,
+        )  # fmt: skip
 
     def _grammar(self, schema: dict):
-        """The schema as a grammar. Raises SlmError where the runtime cannot read it: asked anyway, it would crash."""
+        """The schema as a grammar and a sampler to clone. Raises SlmError where the runtime cannot read it: asked anyway,
+        it would crash."""
         import llama_cpp
         from llama_cpp.llama_grammar import LlamaGrammar
 
         text = json.dumps(_inlined(schema), sort_keys=False)
         if text not in self._grammars:
-            grammar = LlamaGrammar.from_json_schema(text, verbose=False)
-            vocabulary = llama_cpp.llama_model_get_vocab(self.llama.model)
+            grammar, vocabulary = LlamaGrammar.from_json_schema(text, verbose=False), self.llama._model.vocab
             sampler = llama_cpp.llama_sampler_init_grammar(vocabulary, grammar._grammar.encode(), b"root")
             if not sampler:
                 raise SlmError("the output schema cannot be turned into a grammar; simplify its `pattern` in task/contract.py.")
-            llama_cpp.llama_sampler_free(sampler)
-            self._grammars[text] = grammar
+            self._grammars[text] = grammar, sampler
         return self._grammars[text]
 
-    @staticmethod
-    def _answer(text: str, out: dict, begin: float) -> Answer:
-        usage = out["usage"]
-        return Answer(
-            text, time.perf_counter() - begin, usage["prompt_tokens"], usage["completion_tokens"],
-            out["choices"][0]["finish_reason"] or "stop",
-        )  # fmt: skip
+
+class _Recorder:
+    """Stands in for the runtime in its own chat handlers and keeps what they would complete."""
+
+    verbose = False
+
+    def __init__(self, llama):
+        self.tokenize = llama.tokenize
+
+    def create_completion(self, prompt, stop, **_):
+        """Keep the token ids and the stop texts of a chat."""
+        self.ids, self.stop = prompt, stop
+        return iter(())
 
 
 def _inlined(schema: dict) -> dict:

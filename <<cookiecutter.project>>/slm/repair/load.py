@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate.candidate import load_candidate
+from slm.evaluate.candidate import NAME, load_candidate
 from slm.evaluate.metrics import Result
 from slm.evaluate.scorers import Score
 from slm.rows import Row, explain, read_rows
@@ -15,7 +15,7 @@ from slm.rows import Row, explain, read_rows
 def load_failures(settings, contract: Contract) -> list[tuple[Row, Score]]:
     """The fine-tuned model's rows and scores on dev. Golden, adversarial and test decide about release: not repaired
     on. Raises SlmError when 06 was not run for that run."""
-    results = [r for r in load_candidate(settings, settings.run_id) if r.set == "dev"]
+    results = [r for r in load_candidate(settings, settings.run_id) if (r.set, r.name) == ("dev", NAME)]
     if not results:
         raise SlmError(f"run {settings.run_id}: no scores on dev; run 06_evaluate first.")
     return with_rows(settings, results[0])

@@ -1,5 +1,6 @@
-"""The report of 06 from its results: Markdown for people, JSON for the gates, PNGs beside them."""
+"""The report of 06 from its results: Markdown and HTML for people, JSON for the gates, PNGs beside them."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate.candidate import by_set
-from slm.evaluate.compare import FEW, Comparison, paired
+from slm.evaluate.candidate import NAME, by_set, load_candidate
+from slm.evaluate.compare import FEW, Comparison, compare_results, detectable_difference, gap_closed, seeds
 from slm.evaluate.metrics import Result
-from slm.evaluate.release import Gate, failed_rows, gates, report_file
-from slm.report import plots, tables
+from slm.evaluate.preference import prefer
+from slm.evaluate.release import failed_rows, gates, other_seeds, report_file
+from slm.report import html, plots, tables
 from slm.report.baselines import baseline_report, columns, eval_plan, fields
 from slm.rows import Row, write_json, write_text
 
@@ -20,139 +22,293 @@ LINES = (
     "base_model_score", "prompted_base_score", "fine_tuned_model_score", "larger_model_score", "latency",
     "tokens_per_second", "cost_per_1k_requests", "schema_error_rate", "failure_examples",
 )  # fmt: skip
+CONSTRAINED = "fine_tuned_constrained"
+TIMED = (
+    "latency_p50_s", "latency_p95_s", "latency_p99_s", "first_token_s", "tokens_per_second", "memory_mb",
+    "cost_per_1k_requests",
+)  # fmt: skip
+WORST = 15  # failed rows shown side by side
 
 
 def build(
     settings, contract: Contract, candidate: Sequence[Result], baselines: Sequence[Result], sets: dict[str, list[Row]]
 ) -> dict:
-    """The whole evaluation as one record: verdict, the nine lines, results, comparisons, failures, gates. Raises
-    SlmError when candidate and baselines were not run on the same rows, or no baseline ran."""
+    """The whole evaluation as one record: verdict, the nine lines, results, comparisons, failures, gates. `candidate`
+    may hold the constrained variant and the exported files beside the fine-tuned model. Raises SlmError when they were
+    not run on the same rows, or no baseline ran."""
     name, found = contract.primary_metric, by_set([*baselines, *candidate])
-    others = by_set(baselines)
-    compared = {
-        mine.set: {
-            key: paired(mine.scores, other.scores, contract, settings)
-            for key, other in others.get(mine.set, {}).items() if other.ran
-        } for mine in candidate
-    }  # fmt: skip
+    compared = {set: against(found[set], NAME, contract, settings) for set in found if NAME in found[set]}
     headline = "test" if "test" in compared else "dev"
-    if not compared.get(headline):
+    if not any(key in tables.BASELINES for key in compared.get(headline, ())):
         raise SlmError(f"no baseline ran on {headline}; run 02_baseline first.")
     train = registry.latest(settings, "runs", stage="train", status="completed", run_id=settings.run_id)
-    mine, timed, looks = found[headline]["fine_tuned"], found["dev"]["fine_tuned"], registry.read(settings, "looks")
+    shown, looks = found[headline], registry.read(settings, "looks")
+    mine, timed = shown[NAME], found["dev"][NAME]
     absent = Result(name="", set=headline, reason="not among the results")
-    keys = ("base", "prompted_base", "fine_tuned", "larger")
-    four = {line: found[headline].get(key, absent) for line, key in zip(LINES[:4], keys, strict=True)}
-    failed = [
-        {
-            "set": r.set, "row_id": s.row_id, "kind": row.meta.kind, "critical": not s.critical_ok, "user": row.user,
-            "expected": s.expected, "text": s.text, "explanation": s.explanation,
-        } for r in candidate for s, row in zip(r.scores, sets[r.set], strict=True) if not s.exact
-    ]  # fmt: skip
+    keys = ("base", "prompted_base", NAME, "larger")
+    four = {line: shown.get(key, absent) for line, key in zip(LINES[:4], keys, strict=True)}
+    best = strongest(compared[headline], tables.BASELINES)
+    pair, warned = compared[headline][best], [f"{tables.title(r.name)} on {r.set}: {w}" for r in candidate for w in r.warnings]
+    if contract.task_type == "rewriting" and settings.evaluate.judge.url:
+        pair.preference = prefer(settings, contract, sets[headline], mine.scores, shown[best].scores)
+        warned += pair.preference.warnings
+    failed = [f for r in candidate if r.name == NAME for f in failures(r, sets[r.set], contract)]
     report = {
         "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash, "headline_set": headline,
         "contract": {
             "name": contract.name, "task_type": contract.task_type, "primary_metric": name, "target": contract.target,
-            "critical": list(contract.critical), "hash": contract.schema_hash,
+            "hash": contract.schema_hash, "schema": contract.schema, "system_prompt": contract.system_prompt,
+            "label_field": contract.label_field, "null_label": contract.null_label, "critical": list(contract.critical),
+            "unsafe_labels": list(contract.unsafe_labels), "issue_key": list(contract.issue_key),
         },
         "model": {"base": settings.model.base, "name": mine.model, "fingerprint": mine.fingerprint},
         "dataset_version": train and train["parents"]["dataset"], "versions": versions(),
         "sets": {
-            r.set: {"hash": r.set_hash, "n": len(r.scores), "looks": sum(look["set"] == r.set for look in looks)}
-            for r in candidate
+            set: {"hash": found[set][NAME].set_hash, "n": len(found[set][NAME].scores), "looks": count(looks, set)}
+            for set in compared
         },
-        "verdict": verdict(contract, mine, compared[headline]),
+        "looks_at_test": count(looks, "test"), "verdict": verdict(contract, mine, compared[headline]),
+        "warnings": warned, "strongest": best, "strongest_cheap": strongest(compared[headline], tables.CHEAP),
+        "detectable": detectable(settings, contract, {set: len(found[set][NAME].scores) for set in compared}, train),
+        "gap_closed": gap(shown, contract, settings), "seeds": seeds_line(settings, mine),
         "lines": {
             **{line: r.metrics[name].model_dump() if r.ran else {"not_run": r.reason} for line, r in four.items()},
-            "latency": {"p50_s": timed.latency_p50_s, "p95_s": timed.latency_p95_s},
+            "latency": {"p50_s": timed.latency_p50_s, "p95_s": timed.latency_p95_s, "p99_s": timed.latency_p99_s},
             "tokens_per_second": timed.tokens_per_second, "cost_per_1k_requests": timed.cost_per_1k_requests,
             "schema_error_rate": mine.metrics["schema_error_rate"].model_dump(),
             "failure_examples": [f for f in failed if f["set"] != "test"][:10],
         },
         "results": {
-            set: {key: r.model_dump(exclude={"scores"}) for key, r in by_name.items()} for set, by_name in found.items()
-            if set in compared
+            set: {key: r.model_dump(exclude={"scores"}) for key, r in found[set].items()} for set in compared
         },
         "comparisons": {set: {key: c.model_dump() for key, c in pairs.items()} for set, pairs in compared.items()},
-        "failures": failed,
-        "failed_rows": {r.set: {x.name: failed_rows(x.scores, contract) for x in candidate if x.set == r.set} for r in candidate},
+        "constrained": {
+            set: {
+                key: c.model_dump() for key, c in against(found[set], CONSTRAINED, contract, settings).items()
+                if key == NAME or found[set][key].constrained
+            } for set in compared if CONSTRAINED in found[set]
+        },
+        "not_run": not_run(settings, contract, found, compared), "failures": failed,
+        "failed_rows": {s: {r.name: failed_rows(r.scores, contract) for r in candidate if r.set == s} for s in compared},
     }  # fmt: skip
     report["gates"] = [gate.model_dump() for gate in gates(settings, report)]
     return report
 
 
+def against(found: dict[str, Result], mine: str, contract: Contract, settings) -> dict[str, Comparison]:
+    """Model `mine` paired with every other model that ran on the same set."""
+    return {
+        key: compare_results(found[mine], other, contract, settings)
+        for key, other in found.items() if key != mine and other.ran and found[mine].ran
+    }  # fmt: skip
+
+
+def strongest(pairs: dict[str, Comparison], among: Sequence[str]) -> str | None:
+    """The name of the best of some models that ran."""
+    return max((key for key in among if key in pairs), default=None, key=lambda key: pairs[key].baseline)
+
+
+def count(looks: Sequence[dict], set: str) -> int:
+    """How often a set was looked at, by the registry."""
+    return sum(look["set"] == set for look in looks)
+
+
+def failures(result: Result, rows: Sequence[Row], contract: Contract) -> list[dict]:
+    """The rows that a model got wrong, the worst first: critical ones, then by score. Of test rows only the ids."""
+    graded = contract.task_type in ("rewriting", "qa", "review", "planning")  # an equal answer is not the only right one
+    wrong = [
+        (s, row) for s, row in zip(result.scores, rows, strict=True)
+        if not s.critical_ok or (s.value < 1 if graded else not s.exact)
+    ]  # fmt: skip
+    return [
+        {"set": result.set, "row_id": s.row_id, "kind": row.meta.kind, "critical": not s.critical_ok} | (
+            {} if result.set == "test" else {
+                "user": row.user, "expected": s.expected, "given": s.parsed or s.lenient_parsed, "text": s.text,
+                "value": s.value, "explanation": s.explanation, "wrong": [n for n, right in s.fields.items() if not right],
+            }
+        ) for s, row in sorted(wrong, key=lambda pair: (pair[0].critical_ok, pair[0].value, sum(pair[0].fields.values())))
+    ]  # fmt: skip
+
+
+def detectable(settings, contract: Contract, sizes: dict[str, int], train: dict | None) -> dict:
+    """The smallest difference that each set can show, with the spread that 02 stated, and when it stated it."""
+    plan = registry.latest(settings, "runs", stage="plan", contract=contract.schema_hash)
+    spread, at = (plan["spread"], plan["at"]) if plan else (0.4, "")
+    when = "before training" if plan and (not train or at <= train["at"]) else "after training" if plan else "only now"
+    differences = {set: detectable_difference(n, spread, settings.evaluate.confidence) for set, n in sizes.items()}
+    return {"spread": spread, "stated": when, "at": at, "difference": differences}
+
+
+def gap(shown: dict[str, Result], contract: Contract, settings) -> dict:
+    """The share of the way from the base to the larger model that the fine-tune has gone, or why it is unknown."""
+    missing = [f"{tables.title(k)} not run" for k in ("base", "larger") if k not in shown or not shown[k].ran]
+    found = None if missing else gap_closed(shown[NAME], shown["base"], shown["larger"], contract, settings)
+    return found.model_dump() if found else {"not_run": "; ".join(missing) or "the larger model is not shown to be better than the base"}
+
+
+def seeds_line(settings, mine: Result) -> dict:
+    """The primary metric over the runs that differ in the seed alone; one run is no mean."""
+    runs = other_seeds(settings, settings.run_id)
+    same = [r for run in runs for r in load_candidate(settings, run) if (r.name, r.set) == (NAME, mine.set)]
+    if not same:
+        return {"not_run": "no other run of this recipe, dataset version and base with another train.seed"}
+    return {**seeds([mine, *same], settings.evaluate.confidence).model_dump(), "runs": [settings.run_id, *runs]}
+
+
+def not_run(settings, contract: Contract, found: dict[str, dict[str, Result]], compared: dict) -> list[dict]:
+    """What this report does not hold, and why: nothing is left out silently."""
+    shown, own, mine = found["dev"], settings.evaluate, found["dev"][NAME]
+    reasons = {f"{tables.title(r.name)} on {r.set}": r.reason for s in compared for r in found[s].values() if not r.ran}
+    absent = {
+        "base with retrieval": "rag" not in shown and (
+            "02_baseline left it out" if settings.task.needs_knowledge else "the task needs no knowledge from documents"),
+        "classical model": "classical" not in shown and "no labelled field, or 02_baseline left it out",
+        "constrained decoding": CONSTRAINED not in shown and (
+            "06_evaluate left it out" if own.constrained else "evaluate.constrained is off"),
+        "exported files": not any(key in shown for key in tables.FILES) and "08_export has not scored any in this report",
+        "test set": "test" not in compared and "not opened; evaluate.final_test opens it, once",
+        "calibration": not mine.calibration and (
+            "the answers carry no token probabilities" if contract.label_field else "the contract has no label"),
+        "rubric and preference": contract.task_type == "rewriting" and not own.judge.url and "evaluate.judge is not set",
+        "cost": not mine.cost_per_1k_requests and "no rates in the section `cost` of project.yaml",
+        "memory": mine.memory_mb is None and "not measured for this model",
+        "time to first token": mine.first_token_s is None and "not measured for this model",
+    }  # fmt: skip
+    reasons |= {what: why for what, why in absent.items() if why}
+    return [{"not run": what, "why": why} for what, why in reasons.items()]
+
+
 def verdict(contract: Contract, mine: Result, pairs: dict[str, Comparison]) -> str:
     """One sentence: does the model beat the best baseline by more than noise, and does it reach the target?"""
-    best = max(pairs, key=lambda key: pairs[key].baseline)
+    pairs = {key: pair for key, pair in pairs.items() if key in tables.BASELINES}
+    best = strongest(pairs, tables.BASELINES)
     gain, score = pairs[best].difference, mine.metrics[contract.primary_metric]
     reached = "reached" if score.value >= contract.target else "not reached"
     tail = f"{contract.primary_metric} {score} on {mine.set}, {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]; "
     tail += f"target {contract.target:g} {reached}."
-    who = f"the best baseline ({tables.TITLES[best]})"
-    if all(pair.verdict == "better" for pair in pairs.values()):
+    who = f"the best baseline ({tables.title(best)})"
+    left = [key for key, pair in pairs.items() if pair.outcome != "better"]
+    if not left:
         return f"Better than every baseline; against {who}: {tail}"
     if gain.n < FEW:
         return f"Too few rows for a verdict ({gain.n}, at least {FEW}); against {who}: {tail}"
-    if pairs[best].verdict == "no difference shown":
-        return f"No difference shown against {who}: {tail}"
-    if pairs[best].verdict == "worse":
-        return f"Worse than {who}: {tail}"
-    open_ = ", ".join(tables.TITLES[k] for k, pair in pairs.items() if pair.verdict != "better")
-    return f"Better than {who}, but not shown against: {open_}. {tail}"
+    if best in left:
+        start = "Worse than" if pairs[best].outcome == "worse" else "No difference shown against"
+        return f"{start} {who}: {tail}"
+    return f"Better than {who}, but not shown against: {', '.join(map(tables.title, left))}. {tail}"
 
 
 def write(settings, contract: Contract, report: dict, candidate: Sequence[Result], baselines: Sequence[Result]) -> Path:
-    """Write eval_report.json, eval_report.md, the plots and the run's record; returns the path of the .md."""
+    """Write eval_report.json, .md and .html, the plots and the run's record; returns the path of the .md."""
     out, name = report_file(settings, settings.run_id).parent, contract.primary_metric
     found = by_set([*baselines, *candidate])
-    shown = found[report["headline_set"]]
-    mine = shown["fine_tuned"]
-    pictures = [
-        ("against the baselines", plots.models_bar(list(shown.values()), name, out / "models.png", contract.target)),
-        ("by slice", plots.slices(mine, name, out / "slices.png")),
-    ]
+    shown = table(found, report["headline_set"])
+    mine = found[report["headline_set"]][NAME]
+    pictures = {
+        "all models": plots.models_bar(shown, name, out / "models.png", contract.target),
+        "by slice": plots.slices(mine, name, out / "slices.png"),
+    }
     if mine.confusion:
-        pictures.append(("confusion matrix", plots.confusion(mine, out / "confusion.png")))
-    file = write_json(report_file(settings, settings.run_id), report)
-    text = write_text(out / "eval_report.md", render(settings, contract, report, found, pictures))
+        pictures["confusion matrix"] = plots.confusion(mine, out / "confusion.png")
+    if mine.calibration:
+        pictures["reliability"] = plots.reliability(mine, out / "reliability.png")
+    text = render(settings, contract, report, found, pictures)
+    files = [
+        write_json(report_file(settings, settings.run_id), report), write_text(out / "eval_report.md", text),
+        write_text(out / "eval_report.html", html.page(text, out)),
+    ]  # fmt: skip
     registry.append(settings, "runs", {
         "stage": "evaluate", "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash,
         "dataset_version": report["dataset_version"], "model": report["model"], "contract": contract.schema_hash,
         "sets": {n: s["hash"] for n, s in report["sets"].items()}, "verdict": report["verdict"],
         "metrics": {k: m.model_dump() for k, m in mine.metrics.items()}, "versions": report["versions"],
-        "artefacts": {str(p.relative_to(settings.root)): registry.file_hash(p) for p in (file, text)},
+        "artefacts": {str(p.relative_to(settings.root)): registry.file_hash(p) for p in files},
     })  # fmt: skip
-    return text
+    return files[1]
 
 
-def render(settings, contract: Contract, report: dict, found: dict, pictures: list[tuple[str, Path]]) -> str:
-    """The Markdown of an evaluation report, verdict first."""
-    own = [Gate.model_validate(g) for g in report["gates"]]
+def table(found: dict[str, dict[str, Result]], set: str) -> list[Result]:
+    """The models of one set in the order of the titles. Nothing is timed on test: its figures come from dev."""
+    order = [k for k in tables.TITLES if k in found[set]] + [k for k in found[set] if k not in tables.TITLES]
+    timed = found["dev"] if set == "test" else found[set]
+    return [found[set][k].model_copy(update={f: getattr(timed.get(k, found[set][k]), f) for f in TIMED}) for k in order]
+
+
+def render(settings, contract: Contract, report: dict, found: dict, pictures: dict[str, Path]) -> str:
+    """The report as Markdown: the verdict first, then what it rests on."""
+    head, picture = report["headline_set"], lambda title: f"\n![{title}]({pictures[title].name})\n"
+    own = gates(settings, report)
     left = sum(g.status != "pass" for g in own)
     state = f"{left} of {len(own)} release gates not passed" if left else "every release gate passed"
+    looks = report["looks_at_test"]
     parts = [
         f"# Evaluation report: {contract.name}, run {report['run_id']}\n",
         f"**{report['verdict']}**\n\n**Release:** {state}.\n",
+        *([f"**Warnings**\n\n{''.join(f'* {w}{chr(10)}' for w in report['warnings'])}"] if report["warnings"] else []),
         f"Profile `{report['profile']}`, base `{report['model']['base']}`, dataset version "
-        f"`{report['dataset_version'] or 'not recorded'}`, settings `{report['settings']}`. "
-        f"Square brackets: {settings.evaluate.confidence:.0%} interval.\n",
+        f"`{report['dataset_version'] or 'not recorded'}`, settings `{report['settings']}`. Square brackets: "
+        f"{settings.evaluate.confidence:.0%} interval. Looks at the test set, over all runs: {looks}.\n",
         "## Always reported\n", tables.markdown(nine(report, settings)),
+        f"\n## All models on {head}\n", tables.markdown(tables.results(table(found, head), columns(contract))),
+        f"\nThe same {report['sets'][head]['n']} rows for every model. Latency, first token, tokens per second and memory "
+        f"belong to lone requests on dev, uncached, after a warm-up; cost is in {settings.cost.currency} per 1,000 "
+        f"requests. An empty column is left out; see \"Not run\".\n", picture("all models"),
+        "\n## Fine-tuned against the others\n", *_against(report),
     ]  # fmt: skip
-    for set, by_name in found.items():
-        if set not in report["comparisons"]:
-            continue
-        looks = f" (look number {report['sets'][set]['looks']})" if set == "test" else ""
-        parts += [
-            f"\n## On {set}{looks}\n", tables.markdown(tables.results(list(by_name.values()), columns(contract))),
-            "\nFine-tuned minus baseline, same rows:\n", tables.markdown(differences(report, set)),
-        ]  # fmt: skip
-    parts += ["\n## Fields\n", tables.markdown(fields(list(found[report["headline_set"]].values())))]
-    parts += [f"\n## Plot: {title}\n\n![{title}]({path.name})" for title, path in pictures]
+    for set in report["comparisons"]:
+        parts += [f"\n### On {set}: fine-tuned minus the other, same rows\n", tables.markdown(differences(report, set))]
+        if pairs := report["constrained"].get(set):
+            parts += [f"\n### On {set}: fine-tuned, constrained, minus the other\n", tables.markdown(tables.comparisons(pairs))]
+    for set in [s for s in report["comparisons"] if s != head]:
+        look = f" (look number {report['sets'][set]['looks']})" if set == "test" else ""
+        parts += [f"\n## On {set}{look}\n", tables.markdown(tables.results(table(found, set), columns(contract)))]
+    parts += ["\n## Fields\n", tables.markdown(fields(table(found, head))), "\n## Slices\n", picture("by slice")]
+    parts += [f"\n## {t.capitalize()}\n{picture(t)}" for t in ("confusion matrix", "reliability") if t in pictures]
     parts += ["\n## Release gates\n", tables.markdown(tables.gates(own))]
-    shown = [f for f in report["failures"] if f["set"] != "test"]
-    parts += [f"\n## Failures\n\n{len(report['failures'])} rows not exactly right; the first 25, without test rows:\n",
-              tables.markdown(tables.failures(shown, 25))]  # fmt: skip
-    return "\n".join(parts) + "\n"
+    seen, hidden = ([f for f in report["failures"] if (f["set"] == "test") == test] for test in (False, True))
+    parts += [f"\n## Worst failures\n\n{len(seen) + len(hidden)} rows wrong; the worst {min(WORST, len(seen))}, without "
+              "test rows. A cross marks what differs.\n", *map(_failure, seen[:WORST])]  # fmt: skip
+    if hidden:
+        parts += [f"Test rows, by id alone: {', '.join(f['row_id'] for f in hidden)}.\n"]
+    sets = [{"set": n, "rows": s["n"], "hash": s["hash"][:12], "looks": s["looks"]} for n, s in report["sets"].items()]
+    parts += ["\n## Not run\n", tables.markdown(report["not_run"]), "\n## Made with\n", tables.markdown(sets),
+              "\n" + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + "."]  # fmt: skip
+    return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def _against(report: dict) -> list[str]:
+    """The strongest cheap baseline, what the set can show, the gap closed and the seeds, a sentence each."""
+    head, cheap, room = report["headline_set"], report["strongest_cheap"], report["detectable"]
+    least, gap, runs = room["difference"][head], report["gap_closed"], report["seeds"]
+    lines = []
+    if cheap:
+        line = tables.comparisons({cheap: report["comparisons"][head][cheap]})[0]
+        lines += [f"Strongest cheap baseline: **{line['against']}**. Fine-tuned minus it: {line['difference']}, McNemar "
+                  f"p {line['McNemar p']}: {line['verdict']}."]  # fmt: skip
+    if judged := report["comparisons"][head][report["strongest"]]["preference"]:
+        lines += ["The judge {judge}, both orders, against {against}: fine-tuned preferred {win} (a tie is half), sign test "
+                  "p {sign_p:.4f}; the orders agree {same}; the answer shown first is taken {first}.".format(
+                      **judged, against=tables.title(report["strongest"]), win=tables.metric(judged["win_rate"]),
+                      same=tables.metric(judged["consistency"]), first=tables.metric(judged["first_rate"]))]  # fmt: skip
+    lines += [
+        f"Smallest difference that {head} can show four times in five: {least:.3f}, stated {room['stated']} "
+        f"(per-row spread {room['spread']:.2f}{', ' + room['at'][:16] if room['at'] else ''}). A smaller gain needs more rows.",
+        "Gap closed, (tuned - base) / (larger - base): "
+        + (f"not run: {gap['not_run']}." if "not_run" in gap else f"{tables.metric(gap)}."),
+        "Over seeds: " + (f"not run: {runs['not_run']}." if "not_run" in runs else "mean {value:.3f} [{low:.3f}, {high:.3f}] "
+                          "of {n} runs: ".format(**runs) + ", ".join(runs["runs"]) + "."),
+    ]  # fmt: skip
+    return ["".join(f"* {line}\n" for line in lines)]
+
+
+def _failure(failure: dict) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", failure["user"] + failure["text"])), default=0))
+    critical = ", critical" if failure["critical"] else ""
+    body = f"### {failure['row_id']} ({failure['set']}, {failure['kind']}{critical})\n\n{fence}text\n"
+    body += f"{failure['user'][:600]}\n{fence}\n\n{tables.markdown(tables.side_by_side(failure))}"
+    if failure["given"] is None:
+        body += f"\nThe whole answer:\n\n{fence}text\n{failure['text'][:300] or '(nothing)'}\n{fence}\n"
+    return body
 
 
 def differences(report: dict, set: str | None = None) -> list[dict]:
@@ -178,8 +334,8 @@ def nine(report: dict, settings) -> list[dict]:
     for key in LINES[:4]:
         cells[key] = f"not run: {lines[key]['not_run']}" if "not_run" in lines[key] else tables.metric(lines[key])
     wait, speed, cost = lines["latency"], lines["tokens_per_second"], lines["cost_per_1k_requests"]
-    p50, p95 = tables.seconds(wait["p50_s"]), tables.seconds(wait["p95_s"])
-    cells["latency"] = f"p50 {p50}, p95 {p95}, one request at a time"
+    waits = ", ".join(f"{p} {tables.seconds(wait[f'{p}_s'])}" for p in ("p50", "p95", "p99") if wait[f"{p}_s"] is not None)
+    cells["latency"] = f"{waits}, one request at a time" if waits else "not measured"
     cells["tokens_per_second"] = f"{speed:.1f}" if speed else "-"
     cells["cost_per_1k_requests"] = f"{cost:.4f} {settings.cost.currency}" if cost else "no rates set in project.yaml"
     cells["schema_error_rate"] = tables.metric(lines["schema_error_rate"])

@@ -7,6 +7,7 @@ from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.release import check, failures, load_report
 from slm.report import tables
+from slm.report.baselines import columns
 from slm.rows import write_text
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tune"}
@@ -42,7 +43,7 @@ def render(settings, contract: Contract, report: dict, export: dict | None = Non
                 dataset_type=f"{contract.name}-{set}", dataset_name=f"{contract.name} {set}", metric_type=name,
                 metric_name=name, metric_value=round(found["fine_tuned"]["metrics"][name]["value"], 4),
             )
-            for set, found in report["results"].items() for name in _shown(contract)
+            for set, found in report["results"].items() for name in _shown(contract, found["fine_tuned"])
         ],
     )  # fmt: skip
     text = f"---\n{data.to_yaml()}\n---\n\n{_body(settings, contract, report, train, export)}"
@@ -56,8 +57,9 @@ def render(settings, contract: Contract, report: dict, export: dict | None = Non
     return text
 
 
-def _shown(contract: Contract) -> list[str]:
-    return list(dict.fromkeys((contract.primary_metric, "exact_match", "schema_validity")))
+def _shown(contract: Contract, mine: dict) -> list[str]:
+    names = dict.fromkeys((*columns(contract), "schema_validity"))
+    return [n for n in names if n in mine["metrics"] and n != "lenient_schema_validity"]
 
 
 def _body(settings, contract: Contract, report: dict, train: dict | None, export: dict | None) -> str:
@@ -168,13 +170,27 @@ def _dataset(record: dict | None, version: str | None) -> str:
 def _evaluation(contract: Contract, report: dict) -> str:
     lines = []
     for set, found in report["results"].items():
-        for name in _shown(contract):
+        for name in _shown(contract, found["fine_tuned"]):
             cells = {}
             for key, title in zip(ORDER, ("Base", "Prompted Base", "Fine-Tuned", "Larger Model"), strict=True):
                 result = found.get(key)
-                cells[title] = tables.metric(result["metrics"][name]) if result and not result["reason"] else "not run"
+                cells[title] = tables.metric(result["metrics"].get(name)) if result and not result["reason"] else "not run"
             lines.append({"Benchmark": f"{set}, {name}", **cells})
-    return tables.markdown(lines)
+    head, found = report["headline_set"], report["results"][report["headline_set"]]
+    gap, runs, calibration = report["gap_closed"], report["seeds"], found["fine_tuned"]["calibration"]
+    others = [
+        f"{tables.title(k)} {tables.metric(found[k]['metrics'][contract.primary_metric])}" for k in tables.TITLES
+        if k in found and k not in ORDER and not found[k]["reason"]
+    ]  # fmt: skip
+    said = {
+        f"Other models on {head}, {contract.primary_metric}": "; ".join(others),
+        "Gap closed between base and larger model": tables.metric(gap) if "value" in gap else f"not run, {gap['not_run']}",
+        "Over seeds": "mean {value:.3f} [{low:.3f}, {high:.3f}] of {n} runs".format(**runs) if "value" in runs
+        else f"not run, {runs['not_run']}",
+        "Calibration": "ECE {ece:.3f}, Brier {brier:.3f}, {n} rows".format(**calibration) if calibration else "not measured",
+        "Warnings": "; ".join(report["warnings"]) or "none raised",
+    }  # fmt: skip
+    return tables.markdown(lines) + "\n" + "".join(f"- {key}: {text}\n" for key, text in said.items() if text)
 
 
 def _safety(settings, contract: Contract, report: dict) -> str:
@@ -197,7 +213,9 @@ def _safety(settings, contract: Contract, report: dict) -> str:
 def _deployment(settings, contract: Contract, report: dict, export: dict | None) -> str:
     target = contract.brief.get("deployment_target", "").strip()
     wait = report["lines"]["latency"]
-    adapter = f"p50 {tables.seconds(wait['p50_s'])}, p95 {tables.seconds(wait['p95_s'])} per lone request"
+    adapter = "not measured"
+    if wait["p50_s"] is not None:
+        adapter = f"p50 {tables.seconds(wait['p50_s'])}, p95 {tables.seconds(wait['p95_s'])} per lone request"
     if not export:
         return (
             "- Quantization: none; nothing was exported in this run\n- Runtime: transformers\n"
@@ -205,11 +223,15 @@ def _deployment(settings, contract: Contract, report: dict, export: dict | None)
             "- Memory: not measured\n"
         )
     chosen = next((f for f in export["files"] if f["file"] == export["chosen"]), {})
+    timed = report["results"]["dev"].get(export["chosen"]) or {}
+    waits = {p: timed.get(f"latency_{p}_s") or chosen.get(f"{p} s") for p in ("p50", "p95", "p99")}
+    told = ", ".join(f"{p} {wait:.2g} s" for p, wait in waits.items() if isinstance(wait, (int, float))) or "not measured"
+    memory = timed.get("memory_mb") or chosen.get("memory MB")
     return f"""- Quantization: {export["chosen"] or "no file held"}; {export["verdict"]}
 - Runtime: {export["runtime"]}; `Modelfile` for Ollama
 - Hardware: {target or "the machine of the evaluation"}
-- Latency: p50 {chosen.get("p50 s", "-")} s, p95 {chosen.get("p95 s", "-")} s in the runtime; {adapter} for the adapter
-- Memory: {chosen.get("memory MB", "-")} MB measured while loaded
+- Latency: {told} in the runtime; {adapter} for the adapter
+- Memory: {f"{memory:.0f} MB measured while loaded" if isinstance(memory, (int, float)) else "not measured"}
 
 Each file on golden:
 
@@ -224,7 +246,7 @@ def _limitations(contract: Contract, report: dict) -> str:
     sizes = ", ".join(f"{name} {facts['n']}" for name, facts in report["sets"].items())
     test = "The test set was opened." if "test" in report["sets"] else "The test set has not been opened for this run."
     mistakes = contract.brief.get("failure_modes", "").splitlines()
-    failing = "; ".join(line.strip().removeprefix("* ") for line in mistakes if line.strip())
+    failing = "; ".join(line.strip().removeprefix("* ") for line in mistakes if line.strip() and not line.endswith(":"))
     return f"""- Weakest slices on {report["headline_set"]}: {worst}
 - Evaluated on small sets ({sizes} rows): differences inside the intervals are not shown. {test}
 - Trained for one contract; another schema, another system prompt or another language mix needs a new run

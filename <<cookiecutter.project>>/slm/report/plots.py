@@ -1,10 +1,10 @@
-"""Plots as PNG files: bars with intervals, a confusion matrix, slices. Nothing is shown, only written."""
+"""Plots as PNG files: bars with intervals, slices, confusion, reliability. Nothing is shown, only written."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from slm.evaluate.metrics import Metric, Result
-from slm.report.tables import TITLES, shorten
+from slm.report.tables import FILES, shorten, title
 
 BLUE, GREY = "#2b6cb0", "#a0aec0"
 
@@ -36,16 +36,24 @@ def _bars(axes, names: list[str], metrics: Sequence[Metric], colors: list[str]) 
 
 
 def models_bar(results: Sequence[Result], name: str, path: Path, target: float | None = None) -> Path:
-    """One bar per model that ran: metric `name` with its interval, the target as a line."""
+    """One bar per model that ran: metric `name` with its interval, the target as a line. Blue: what was trained here;
+    hatched: decoding held to the schema."""
     ran = [r for r in results if r.ran and name in r.metrics]
-    figure = _figure(7, 1.5 + 0.45 * len(ran))
+    figure = _figure(7.5, 1.5 + 0.42 * len(ran))
     axes = figure.add_subplot()
-    colors = [BLUE if r.name == "fine_tuned" else GREY for r in ran]
-    _bars(axes, [TITLES.get(r.name, r.name) for r in ran], [r.metrics[name] for r in ran], colors)
+    own = [r.name.startswith("fine_tuned") or r.name in FILES for r in ran]
+    _bars(axes, [shorten(title(r.name), 34) for r in ran], [r.metrics[name] for r in ran], [BLUE if o else GREY for o in own])
+    held = [bar for bar, r in zip(axes.patches, ran, strict=True) if r.constrained]
+    for bar in held:
+        bar.set(hatch="///", edgecolor="white")
+    if held:
+        held[0].set_label("decoding held to the schema")
     if target is not None:
         axes.axvline(target, color="#c53030", ls="--", lw=1, label=f"target {target:g}")
-        figure.legend(loc="outside lower right", fontsize=8, frameon=False)
-    axes.set_xlabel(f"{name} (0 to 1; lines: interval)")
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower right", ncols=2, fontsize=8, frameon=False)
+    axes.set(xlabel=f"{name} (mean over rows, 0 to 1; lines: interval)", ylabel="model")
+    axes.margins(y=0.02)
     axes.set_title(f"{name} on {ran[0].set}, n = {len(ran[0].scores)}" if ran else name, fontsize=11)
     return _save(figure, path)
 
@@ -60,10 +68,11 @@ def slices(result: Result, name: str, path: Path) -> Path:
         found = result.slices[key]
         names = [f"{shorten(n, 24)} (n={m.n})" for n, m in found.items()]
         _bars(axes, names, list(found.values()), [BLUE] * len(found))
-        axes.set_title(f"by {key}", fontsize=9, loc="left")
+        axes.set_ylabel(key, fontsize=9)
         axes.tick_params(labelsize=8)
-    panels[-1].set_xlabel(f"{name} (0 to 1; lines: interval)")
-    figure.suptitle(f"{TITLES.get(result.name, result.name)} on {result.set}: {name} by slice", fontsize=11)
+    figure.align_ylabels()
+    panels[-1].set_xlabel(f"{name} (mean over rows, 0 to 1; lines: interval)")
+    figure.suptitle(f"{title(result.name)} on {result.set}: {name} by slice", fontsize=11)
     return _save(figure, path)
 
 
@@ -84,6 +93,32 @@ def confusion(result: Result, path: Path) -> Path:
             axes.text(j, i, count or "", ha="center", va="center", fontsize=8, color=color)
     axes.set_xlabel("given label")
     axes.set_ylabel("expected label")
-    axes.set_title(f"{TITLES.get(result.name, result.name)} on {result.set}, rows", fontsize=10)
+    axes.set_title(f"{title(result.name)} on {result.set}, number of rows", fontsize=10)
     figure.colorbar(image, ax=axes, label="rows", shrink=0.7)
+    return _save(figure, path)
+
+
+def reliability(result: Result, path: Path) -> Path:
+    """Share of right labels against the model's own confidence, bin by bin, and how many rows each bin holds."""
+    found = result.calibration
+    bins = [b for b in found["bins"] if b["n"]]
+    figure = _figure(5.4, 5.6)
+    top, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    middle, width = [(b["low"] + b["high"]) / 2 for b in bins], [0.9 * (b["high"] - b["low"]) for b in bins]
+    top.plot([0, 1], [0, 1], color="#2d3748", ls="--", lw=1, label="perfectly calibrated")
+    top.bar(middle, [b["accuracy"] for b in bins], width, color=GREY, label="share right in the bin")
+    top.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o", color=BLUE, label="at its mean confidence")
+    top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share of right labels (0 to 1)")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    for bar in below.bar(middle, [b["n"] for b in bins], width, color=BLUE):
+        below.annotate(
+            f"{bar.get_height():.0f}", (bar.get_x() + bar.get_width() / 2, bar.get_height()), (0, 2),
+            textcoords="offset points", ha="center", fontsize=8,
+        )  # fmt: skip
+    below.margins(y=0.3)
+    below.set(xlabel="confidence in the label (probability, 0 to 1)", ylabel="rows")
+    for axes in (top, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    text = f"{title(result.name)} on {result.set}, n = {found['n']}: ECE {found['ece']:.3f}, Brier {found['brier']:.3f}"
+    figure.suptitle(text, fontsize=10)
     return _save(figure, path)

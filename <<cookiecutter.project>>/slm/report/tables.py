@@ -1,27 +1,41 @@
 """Results as plain records: shown as a table in a notebook, written as Markdown in a report."""
 
+import json
+import re
 from collections.abc import Sequence
 
+from slm.contract import Contract
 from slm.evaluate.metrics import Metric, Result
 from slm.evaluate.release import Gate
 from slm.rows import Row
 
 TITLES = {
-    "majority": "majority", "rules": "rule program", "base": "base model", "prompted_base": "base, better prompt",
-    "fine_tuned": "fine-tuned", "larger": "larger model",
+    "majority": "majority", "rules": "rule program", "classical": "classical model", "base": "base model",
+    "prompted_base": "base, better prompt", "prompted_constrained": "base, better prompt, constrained",
+    "rag": "base with retrieval", "larger": "larger model", "fine_tuned": "fine-tuned",
+    "fine_tuned_constrained": "fine-tuned, constrained", "f16": "file f16", "q8_0": "file q8_0",
+    "q5_k_m": "file q5_k_m", "q4_k_m": "file q4_k_m",
 }  # fmt: skip
+NUMBER = re.compile(r"[-+]?\d[^a-zA-Z]*$|-$|not run")  # a cell of a column that stands right
+CHEAP = ("majority", "rules", "classical")
+BASELINES = tuple(TITLES)[:8]
+FILES = tuple(TITLES)[10:]
+
+
+def title(name: str) -> str:
+    """What a model is called in tables and plots."""
+    return TITLES.get(name, name)
 
 
 def markdown(records: Sequence[dict]) -> str:
-    """Records with the same keys as a Markdown table; cells never break it."""
+    """Records with the same keys as a Markdown table: cells never break it, load no picture, and numbers stand right."""
     if not records:
         return "(none)\n"
     names = list(records[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for record in records:
-        cells = (" ".join(str(record[n]).split()).replace("|", "\\|") for n in names)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = [[" ".join(str(r[n]).split()).replace("|", "\\|").replace("![", "!\\[") for n in names] for r in records]
+    right = [all(map(NUMBER.match, column)) for column in zip(*cells, strict=True)]
+    head, *body = (f"| {' | '.join(line)} |" for line in (names, *cells))
+    return "\n".join([head, f"|{'|'.join('---:' if r else '---' for r in right)}|", *body]) + "\n"
 
 
 def frame(records: Sequence[dict]):
@@ -49,23 +63,31 @@ def sets(found: dict[str, list[Row]], locked: dict[str, str]) -> list[dict]:
 
 
 def results(found: Sequence[Result], names: Sequence[str]) -> list[dict]:
-    """One line per model: the named metrics with intervals, n, latency; or why it was not run."""
+    """One line per model: the first of the named metrics with its interval, what a lone request takes, the other
+    metrics; or why it was not run. A column that holds nothing for any model is left out."""
     lines = []
     for r in found:
         cells = {n: metric(r.metrics.get(n)) for n in names}
-        wait = "-" if r.latency_p50_s is None else seconds(r.latency_p50_s)
-        facts = {"n": len(r.scores) if r.ran else "-", "latency p50": wait, "note": r.reason and f"not run: {r.reason}"}
-        lines.append({"model": TITLES.get(r.name, r.name), **cells, **facts})
-    return lines
+        waits = [number(v, 1000) for v in (r.latency_p50_s, r.latency_p95_s, r.latency_p99_s)]
+        cost = r.cost_per_1k_requests
+        lines.append({
+            "model": title(r.name), "constrained": ("yes" if r.constrained else "no") if r.ran else "-",
+            names[0]: cells[names[0]], "n": str(len(r.scores)) if r.ran else "-",
+            "latency p50 / p95 / p99 (ms)": " / ".join(waits) if any(w != "-" for w in waits) else "-",
+            "first token (ms)": number(r.first_token_s, 1000), "tokens/s": number(r.tokens_per_second),
+            "memory (MB)": number(r.memory_mb), "cost per 1,000": f"{cost:.4f}" if cost else "-",
+            "error rate": metric(r.metrics.get("error_rate")), **cells, "note": r.reason and f"not run: {r.reason}",
+        })  # fmt: skip
+    return [{k: v for k, v in line.items() if any(one[k] not in ("", "-") for one in lines)} for line in lines]
 
 
 def comparisons(found: dict[str, dict]) -> list[dict]:
     """One line per baseline: difference with interval, McNemar's p, rows fixed and broken, verdict."""
     return [
         {
-            "against": TITLES.get(name, name),
+            "against": title(name),
             "difference": "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**c["difference"]),
-            "McNemar p": f"{c['mcnemar_p']:.4f}", "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
+            "McNemar p": f"{c['mcnemar_p']:.4f}" if c["mcnemar_p"] >= 1e-4 else "below 0.0001", "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
             "n": c["difference"]["n"], "verdict": c["verdict"],
         }
         for name, c in found.items()
@@ -73,12 +95,17 @@ def comparisons(found: dict[str, dict]) -> list[dict]:
 
 
 def gates(found: Sequence[Gate]) -> list[dict]:
-    """One line per release gate."""
-    return [{"gate": g.rule, "measured": g.measured, "status": g.status, "note": g.note} for g in found]
+    """One line per release gate; of the rows that count against it the first ten."""
+    return [
+        {
+            "gate": g.rule, "measured": g.measured, "status": g.status, "note": g.note,
+            "rows": ", ".join(g.rows[:10]) + (f" and {len(g.rows) - 10} more" if len(g.rows) > 10 else ""),
+        } for g in found
+    ]  # fmt: skip
 
 
 def failures(found: Sequence[dict], count: int = 10) -> list[dict]:
-    """The first failed rows: what came in, what was answered, what was wrong with it."""
+    """The worst failed rows: what came in, what was answered, what was wrong with it."""
     return [
         {
             "set": f["set"], "row": f["row_id"], "input": shorten(f["user"], 80), "answer": shorten(f["text"], 60),
@@ -86,6 +113,27 @@ def failures(found: Sequence[dict], count: int = 10) -> list[dict]:
         }
         for f in found[:count]
     ]  # fmt: skip
+
+
+def side_by_side(failure: dict) -> list[dict]:
+    """One line per field of a failed row: expected and given; a cross marks what was judged wrong."""
+    want, got = (Contract.flatten(failure[key]) for key in ("expected", "given"))
+    given = got if failure["given"] is not None else dict.fromkeys(want, "(unreadable)")
+
+    def cell(value) -> str:
+        return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 400)
+
+    return [
+        {"": "✗" if n in failure["wrong"] else "", "field": n, "expected": cell(want.get(n)), "given": cell(given.get(n))}
+        for n in dict.fromkeys([*want, *got])
+    ]
+
+
+def number(value: float | None, scale: float = 1) -> str:
+    """Two digits below 100, whole numbers above; "-" for what was not measured."""
+    if value is None:
+        return "-"
+    return f"{value * scale:,.0f}" if value * scale >= 100 else f"{value * scale:.2g}"
 
 
 def shorten(text: str, length: int) -> str:

@@ -1,0 +1,190 @@
+"""Many sequences decoded together in llama.cpp: what all prompts begin with is computed once, a free slot refilled at once."""
+
+import codecs
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+BATCH, UBATCH, CELLS = 2048, 512, 256  # tokens handed over at once, computed at once; memory is taken in such steps
+LAST_N = 64  # generated tokens that the repeat penalty looks back on, as llama-cpp-python does
+
+
+@dataclass
+class Job:
+    """A prompt in token ids and what becomes of it. `sampler` chooses instead of the greedy rule; `grammar` binds that."""
+
+    ids: list[int]
+    limit: int
+    stop: list[bytes] = field(default_factory=list)
+    grammar: object = None
+    sampler: object = None
+    tokens: list[int] = field(default_factory=list)
+    found: list[tuple[bytes, float]] = field(default_factory=list)
+    feed: list[int] = field(default_factory=list)
+    past: int = 0
+    finish: str = ""
+    begin: float = 0.0
+    first_s: float = 0.0
+    seconds: float = 0.0
+
+    def pieces(self) -> tuple[tuple[str, float], ...]:
+        """Text and log probability of each token, cut where a stop text begins; half a character waits for its rest."""
+        text, decoder = b"".join(piece for piece, _ in self.found), codecs.getincrementaldecoder("utf-8")("ignore")
+        left, kept = min([text.index(s) for s in self.stop if s in text], default=len(text)), []
+        for piece, log in self.found:
+            kept.append((decoder.decode(piece[:left]), log))
+            if (left := left - len(piece)) <= 0:
+                break
+        return tuple(kept)
+
+
+class Sequences:
+    """The memory of up to `slots` sequences over one loaded model; sequence 0 holds the prefix, or a lone prompt."""
+
+    def __init__(self, llama, slots: int, repeat_penalty: float):
+        import llama_cpp
+
+        self._api, self._llama, self._penalty, self._texts = llama_cpp, llama, repeat_penalty, {}
+        self._slots = min(slots, llama_cpp.llama_max_parallel_sequences() - 1)
+        self._context, self._held, self._size = None, [], (0, 0)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._context:
+            self._context.close()
+            self._batch.close()
+        self._context, self._held, self._size = None, [], (0, 0)
+
+    def run(self, jobs: list[Job], shared: int, on_done: Callable[[], None]) -> None:
+        """Answer the jobs, which begin with the same `shared` tokens; a lone one reuses what the last lone one left."""
+        lone = len(jobs) == 1
+        self._make(0 if lone else min(self._slots, len(jobs)), max(len(job.ids) + job.limit for job in jobs))
+        prefix, self._held = self._keep(jobs[0].ids[: -1 if lone else shared]), []
+        for start in range(prefix, shared, BATCH):
+            self._decode([(0, start, jobs[0].ids[start : min(shared, start + BATCH)], False)])
+        self._held = jobs[0].ids[: prefix if lone else shared]
+        free, active = [0] if lone else list(range(self._size[0], 0, -1)), {}
+        queue = sorted(jobs, key=lambda job: len(job.ids))
+        while queue or active:
+            while queue and free:
+                slot, job = free.pop(), queue.pop()
+                if slot:
+                    self._copy(0, slot)
+                job.past = len(self._held)
+                job.feed, job.begin, active[slot] = job.ids[job.past :], time.perf_counter(), job
+            share, parts = BATCH // len(active), []
+            for slot, job in sorted(active.items()):  # neighbours are computed in one go
+                parts.append((slot, job.past, job.feed[:share], len(job.feed) <= share))
+            rows, ends = iter(self._decode(parts)), accumulate(len(part[2]) for part in parts)
+            for (slot, _, fed, last), end in zip(parts, ends, strict=True):
+                job = active[slot]
+                job.past, job.feed = job.past + len(fed), job.feed[share:]
+                if last:
+                    self._step(job, next(rows), end - 1)
+                if job.finish:
+                    job.seconds = time.perf_counter() - job.begin
+                    free.append(slot)
+                    del active[slot]
+                    on_done()
+            while active and not queue and (top := max(active)) > (hole := min(free, default=top)):
+                self._copy(top, hole)  # the last ones move together
+                active[hole] = active.pop(top)
+                free[free.index(hole)] = top
+        if lone:
+            self._held = (jobs[0].ids + jobs[0].tokens)[: jobs[0].past]
+
+    def _make(self, slots: int, cells: int) -> None:
+        if slots <= self._size[0] and cells <= self._size[1] and self._context:
+            return
+        from llama_cpp import _internals
+
+        slots, cells = max(slots, self._size[0]), max(-(-cells // CELLS) * CELLS, self._size[1])
+        self.close()
+        params = type(self._llama.context_params).from_buffer_copy(self._llama.context_params)
+        params.n_ctx, params.n_seq_max, params.kv_unified = cells * (slots + 1), slots + 1, False
+        params.n_batch, params.n_ubatch = BATCH, UBATCH
+        self._context = _internals.LlamaContext(model=self._llama._model, params=params, verbose=False)
+        self._batch = _internals.LlamaBatch(n_tokens=BATCH, embd=0, n_seq_max=1, verbose=False)
+        self._size = slots, cells
+
+    def _keep(self, tokens: list[int]) -> int:
+        """Cut sequence 0 down to what it has in common with `tokens`; returns how many that are."""
+        pairs = enumerate(zip(self._held, tokens, strict=False))
+        same = next((n for n, (a, b) in pairs if a != b), min(len(self._held), len(tokens)))
+        if not self._api.llama_memory_seq_rm(self._context.memory, 0, same, -1):  # a recurrent model forgets all or nothing
+            self._api.llama_memory_seq_rm(self._context.memory, 0, -1, -1)
+            same = 0
+        return same
+
+    def _copy(self, source: int, target: int) -> None:
+        self._api.llama_memory_seq_rm(self._context.memory, target, -1, -1)
+        self._api.llama_memory_seq_cp(self._context.memory, source, target, -1, -1)
+
+    def _decode(self, parts: list[tuple[int, int, list[int], bool]]):
+        """Compute (sequence, position, tokens, whether its last logits are wanted); returns those, (wanted, vocabulary)."""
+        import numpy as np
+
+        batch, n = self._batch.batch, 0
+        for slot, past, tokens, wanted in parts:
+            for place, token in enumerate(tokens, past):
+                batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.logits[n] = token, place, 1, 0
+                batch.seq_id[n][0] = slot
+                n += 1
+            batch.logits[n - 1] = wanted
+        batch.n_tokens = n
+        self._context.decode(self._batch)
+        wanted = sum(part[3] for part in parts), self._llama.n_vocab()
+        return np.ctypeslib.as_array(self._context.get_logits(), wanted) if wanted[0] else ()
+
+    def _step(self, job: Job, logits, place: int) -> None:
+        """Choose the next token of a job from its logits, those of token `place` of the batch."""
+        import numpy as np
+
+        token = job.sampler.sample(self._context, place) if job.sampler else self._greedy(job, logits)
+        job.first_s = job.first_s or time.perf_counter() - job.begin
+        if token is None or self._api.llama_vocab_is_eog(self._llama._model.vocab, token):
+            job.finish = "error" if token is None else "stop"
+            return
+        if token not in self._texts:
+            self._texts[token] = self._llama.detokenize([token])
+        top = float(logits.max())
+        log = float(logits[token]) - top - float(np.log(np.exp(logits - top).sum()))
+        job.tokens.append(token)
+        job.found.append((self._texts[token], log))
+        job.feed = [token]
+        if job.stop and any(s in b"".join(piece for piece, _ in job.found) for s in job.stop):
+            job.finish = "stop"
+        elif len(job.tokens) >= job.limit:
+            job.finish = "length"
+
+    def _greedy(self, job: Job, logits) -> int | None:
+        """The likeliest token after the repeat penalty that the grammar allows; None when it allows none."""
+        import numpy as np
+
+        if self._penalty != 1.0 and job.tokens:
+            seen = list(set(job.tokens[-LAST_N:]))
+            logits = logits.copy()
+            logits[seen] = np.where(logits[seen] <= 0, logits[seen] * self._penalty, logits[seen] / self._penalty)
+        if not job.grammar:
+            return int(logits.argmax())
+        for most in (1, 64, len(logits)):  # the grammar is slow: it judges all tokens only where it refused the best
+            ids = logits.argmax(keepdims=True) if most == 1 else np.argpartition(logits, -most)[-most:]
+            token = self._allowed(job.grammar, ids.astype(np.int32), logits[ids])
+            if token is not None:
+                self._api.llama_sampler_accept(job.grammar, token)
+                return token
+        return None
+
+    def _allowed(self, grammar, ids, logits) -> int | None:
+        import ctypes
+
+        import numpy as np
+
+        table = np.zeros(len(ids), dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        table["id"], table["logit"] = ids, logits
+        data = table.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
+        array = self._api.llama_token_data_array(data, len(ids), -1, False)
+        self._api.llama_sampler_apply(grammar, ctypes.byref(array))
+        best = int(table["logit"].argmax())
+        return int(table["id"][best]) if np.isfinite(table["logit"][best]) else None

@@ -1,0 +1,67 @@
+"""Two runs on the sets they share: the paired difference of each model, and the rows that were fixed and broken."""
+
+from slm.contract import Contract
+from slm.errors import SlmError
+from slm.evaluate.candidate import by_set, load_candidate
+from slm.evaluate.compare import compare_results
+from slm.evaluate.release import load_report
+from slm.report import tables
+
+
+def render(settings, a: str, b: str) -> str:
+    """Run `b` minus run `a` as Markdown. Raises SlmError when a run was not evaluated, or when contract, set or rows are
+    not the same in both."""
+    reports, found = [load_report(settings, run) for run in (a, b)], [by_set(load_candidate(settings, run)) for run in (a, b)]
+    contracts = [report["contract"] for report in reports]
+    if contracts[0]["hash"] != contracts[1]["hash"] or contracts[0]["primary_metric"] != contracts[1]["primary_metric"]:
+        was, now = (f"{c['hash']} ({c['primary_metric']})" for c in contracts)
+        raise SlmError(f"runs {a} and {b} do not compare: contract {was} against {now}; run 06_evaluate again for {a}.")
+    contract = _recorded(contracts[0])
+    lines, changed, shared = [], [], [set for set in found[0] if set in found[1]]
+    for set in shared:
+        for name in [n for n in found[0][set] if n in found[1][set]]:
+            old, new = found[0][set][name], found[1][set][name]
+            if old.set_hash != new.set_hash:
+                raise SlmError(
+                    f"runs {a} and {b} do not compare: data/eval/{set}.jsonl was {old.set_hash[:12]} in {a} and is "
+                    f"{new.set_hash[:12]} in {b}; run 06_evaluate again for {a}."
+                )
+            pair = compare_results(new, old, contract, settings)
+            line = tables.comparisons({name: pair.model_dump()})[0]
+            model = line.pop("against")
+            lines.append({"set": set, "model": model, a: f"{pair.baseline:.3f}", b: f"{pair.candidate:.3f}", **line})
+            changed += [
+                {"set": set, "model": model, "rows": what, "ids": ", ".join(ids)}
+                for what, ids in (("fixed", pair.fixed), ("broken", pair.broken)) if ids and name not in tables.FILES
+            ]  # fmt: skip
+    if not lines:
+        raise SlmError(f"runs {a} and {b} share no model on any set; run 06_evaluate for both.")
+    golden = next((line for line in lines if line["set"] == "golden"), lines[0])
+    facts = [
+        {"": run, "base": r["model"]["base"], "profile": r["profile"], "dataset version": r["dataset_version"] or "not recorded",
+         "settings": r["settings"], "verdict": r["verdict"]} for run, r in zip((a, b), reports, strict=True)
+    ]  # fmt: skip
+    waits = [one["dev"]["fine_tuned"].model_copy(update={"name": run}) for run, one in zip((a, b), found, strict=True) if "dev" in one]
+    return f"""# {b} against {a}: {contract.name}
+
+**{golden["model"].capitalize()} on {golden["set"]}, {contract.primary_metric}: {golden["difference"]}, {golden["verdict"]}.** {golden["rows fixed"]} rows fixed, {golden["rows broken"]} broken.
+
+{tables.markdown(facts)}
+## {b} minus {a}, same rows
+
+{tables.markdown(lines)}
+Square brackets: {settings.evaluate.confidence:.0%} interval of the paired difference; McNemar's exact test and the rows by exact match.
+
+## What a request takes
+
+{tables.markdown(tables.results(waits, [contract.primary_metric]))}
+## Rows that changed
+
+{tables.markdown(changed)}"""
+
+
+def _recorded(facts: dict) -> Contract:
+    """The contract as the report recorded it: scores are compared without the project's own code."""
+    contract = object.__new__(Contract)
+    contract.__dict__.update(facts)
+    return contract
