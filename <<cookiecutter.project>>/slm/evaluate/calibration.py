@@ -33,24 +33,22 @@ def label_confidence(contract: Contract, answer, value: dict | None) -> float | 
     return min(1.0, math.exp(total))
 
 
-def sureness(scores: Sequence, contract: Contract) -> tuple[list[float], list[bool]]:
-    """Confidence and whether the label was right, of the answers that carry a confidence."""
+def sureness(scores: Sequence, contract: Contract):
+    """Two arrays: the confidence of the answers that carry one, and whether their label was right."""
+    import numpy as np
+
     sure = [s for s in scores if s.confidence is not None]
-    return [s.confidence for s in sure], [contract.label(s.lenient_parsed) == contract.label(s.expected) for s in sure]
+    right = [contract.label(s.lenient_parsed) == contract.label(s.expected) for s in sure]
+    return np.array([s.confidence for s in sure], dtype=float), np.array(right, dtype=float)
 
 
-def ece_statistic(confidence: Sequence[float], right: Sequence[bool]) -> Callable:
+def ece_statistic(sure, right) -> Callable:
     """A function from row numbers (draws, n) to the expected calibration error of each draw (draws,): the gap between
     mean confidence and accuracy in ten bins of equal width, weighted by their rows (Naeini et al. 2015)."""
     import numpy as np
 
-    gap, bins = np.array(confidence) - np.array(right, dtype=float), _bins(confidence)
-
-    def statistic(rows):
-        hot = bins[rows][..., None] == np.arange(BINS)
-        return np.abs((gap[rows][..., None] * hot).sum(1)).sum(1) / rows.shape[1]
-
-    return statistic
+    gap, bins = sure - right, bins_of(sure)
+    return lambda rows: sum(abs((gap[rows] * (bins[rows] == b)).sum(1)) for b in np.unique(bins)) / rows.shape[1]
 
 
 def reliability(scores: Sequence, contract: Contract) -> dict:
@@ -58,22 +56,18 @@ def reliability(scores: Sequence, contract: Contract) -> dict:
     the mean squared gap between confidence and right or wrong (Brier 1950)."""
     import numpy as np
 
-    sure, right = map(np.array, sureness(scores, contract))
+    sure, right = sureness(scores, contract)
     if not len(sure):
         return {}
-    own, found = _bins(sure), []
+    found = []
     for b in range(BINS):
-        here = own == b
+        here = bins_of(sure) == b
         mean, hit = (float(x[here].mean()) if here.any() else None for x in (sure, right))
-        found.append(
-            {"low": b / BINS, "high": (b + 1) / BINS, "confidence": mean, "accuracy": hit, "n": int(here.sum())}
-        )
+        found.append({"low": b / BINS, "high": (b + 1) / BINS, "confidence": mean, "accuracy": hit, "n": int(here.sum())})
     ece = float(ece_statistic(sure, right)(np.arange(len(sure))[None])[0])
     return {"ece": ece, "brier": float(((sure - right) ** 2).mean()), "n": len(sure), "bins": found}
 
 
-def _bins(confidence):
+def bins_of(sure):
     """The number of each confidence's bin; 1.0 belongs to the last."""
-    import numpy as np
-
-    return np.minimum((np.asarray(confidence) * BINS).astype(int), BINS - 1)
+    return (sure * BINS).astype(int).clip(max=BINS - 1)
