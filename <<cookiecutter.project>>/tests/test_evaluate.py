@@ -4,7 +4,6 @@ import json
 import random
 from typing import Literal
 
-import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict
 
@@ -12,17 +11,12 @@ from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate import (
-    candidate,
     check_sets,
-    detectable_difference,
-    measure,
-    paired,
     run_baselines,
     save_baselines,
     score_row,
     take,
 )  # fmt: skip
-from slm.evaluate.metrics import confusion, interval, table_statistic
 from slm.models import Answer
 from slm.models.program import ProgramModel
 from slm.rows import make_row, write_rows

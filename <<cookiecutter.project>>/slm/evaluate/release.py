@@ -12,7 +12,7 @@ from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.candidate import NAME, by_set, load_candidate, scores_file
 from slm.evaluate.metrics import Metric, Result, cost_per_1k
-from slm.evaluate.scorers import Score, row_metric
+from slm.evaluate.scorers import LOWER_IS_BETTER, Score, row_metric
 from slm.rows import iter_rows, read_rows
 
 # The metrics that gate a task type. Bounds: settings.gates, under the same names; else the contract's target.
@@ -21,7 +21,6 @@ BY_TYPE = {
     "tool_calling": ("tool_name_accuracy", "required_argument_accuracy", "json_parse_rate", "unsafe_tool_call_rate"),
     "classification": ("macro_f1", "false_positive_rate", "false_negative_rate", "ece"),
 }
-AT_MOST = ("false_positive_rate", "false_negative_rate", "unsafe_tool_call_rate", "ece")
 SETTING = {"ece": "calibration_error"}
 
 
@@ -85,8 +84,8 @@ def failed_rows(scores: Sequence[Score], contract: Contract) -> dict[str, list[s
     """{gated metric: ids of the rows that count against it}, and under "critical" the rows with a critical field
     wrong."""
     found = {"critical": [s.row_id for s in scores if not s.critical_ok]}
-    for name in {contract.primary_metric, "schema_validity", *BY_TYPE.get(contract.task_type, ())} - {"ece"}:
-        fine = (None, 0.0 if name in AT_MOST else 1.0)
+    for name in (contract.primary_metric, "schema_validity", *BY_TYPE.get(contract.task_type, ())):
+        fine = (None, 0.0 if name in LOWER_IS_BETTER else 1.0)
         found[name] = [s.row_id for s in scores if row_metric(name)(s, contract) not in fine]
     return found
 
@@ -226,7 +225,7 @@ def _bounded(
 def _metric(settings, report: dict, metric: str, primary: bool = False) -> Gate:
     """The gate on one metric, of the adapter and of the file that ships: both must hold."""
     set = "adversarial" if metric == "unsafe_tool_call_rate" else report["headline_set"]
-    name, target, most = SETTING.get(metric, metric), report["contract"]["target"], metric in AT_MOST
+    name, target, most = SETTING.get(metric, metric), report["contract"]["target"], metric in LOWER_IS_BETTER
     own = None if primary else settings.gates.model_dump().get(name)
     bound, figure = (target, f"{target:g}") if own is None else (own, f"{100 * own:g}%" if own else "0")
     rule = f"{name} {('<=' if bound else '==') if most else '>='} {figure}{' on adversarial' * (set == 'adversarial')}"
