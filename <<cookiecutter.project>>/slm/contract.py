@@ -38,8 +38,8 @@ class Contract:
     `label_field` is the field that names the category, `null_label` its value for "nothing to do here".
     `target` is the least value of `primary_metric` (0 to 1) that would be released. `issue_key` names the keys that
     identify an issue (review). `execute(value)` raises when a call or plan does not run (tool_calling, planning);
-    `constraints(input text, value)` says which constraints the output keeps (rewriting). Every task type has its fields:
-    see FIELDS; safety also needs `null_label`, the label of what is allowed.
+    `constraints(input text, value)` says which constraints the output keeps (rewriting). Every task type has its
+    fields, see FIELDS; safety also needs `null_label`, the label of what is allowed.
     """
 
     name: str

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from slm.contract import Contract
 
@@ -14,23 +15,14 @@ def label_confidence(contract: Contract, answer, value: dict | None) -> float | 
     """The probability that the model gave its label, from the log probabilities of the pieces that overlap the label's
     value in the text, its closing quote included ("bill" is no "billing"). None without pieces or without a label."""
     label = contract.label(value)
-    if label is None or not answer.pieces:
+    said = json.dumps(label, ensure_ascii=False).removeprefix('"')
+    places = re.finditer(rf'"{re.escape(contract.label_field or "")}"\s*:\s*"?', answer.text)
+    start = next((m.end() for m in places if answer.text.startswith(said, m.end())), None)
+    if label is None or start is None or not answer.pieces:
         return None
-    for match in re.finditer(rf'"{re.escape(contract.label_field)}"\s*:\s*', answer.text):
-        try:
-            found, end = json.JSONDecoder().raw_decode(answer.text, match.end())
-        except ValueError:
-            continue
-        if found == label:
-            break
-    else:
-        return None
-    start, at, total = match.end() + isinstance(label, str), 0, 0.0
-    for text, logprob in answer.pieces:
-        if at < end and at + len(text) > start:
-            total += logprob
-        at += len(text)
-    return min(1.0, math.exp(total))
+    ends = accumulate(len(text) for text, _ in answer.pieces)
+    pieces = ((end - len(text), end, logprob) for (text, logprob), end in zip(answer.pieces, ends, strict=True))
+    return min(1.0, math.exp(sum(p for begin, end, p in pieces if begin < start + len(said) and end > start)))
 
 
 def sureness(scores: Sequence, contract: Contract):
@@ -59,11 +51,12 @@ def reliability(scores: Sequence, contract: Contract) -> dict:
     sure, right = sureness(scores, contract)
     if not len(sure):
         return {}
-    found = []
-    for b in range(BINS):
+    empty = {"confidence": None, "accuracy": None, "n": 0}
+    found = [{"low": b / BINS, "high": (b + 1) / BINS, **empty} for b in range(BINS)]
+    for b in np.unique(bins_of(sure)):
         here = bins_of(sure) == b
-        mean, hit = (float(x[here].mean()) if here.any() else None for x in (sure, right))
-        found.append({"low": b / BINS, "high": (b + 1) / BINS, "confidence": mean, "accuracy": hit, "n": int(here.sum())})
+        mean, hit = float(sure[here].mean()), float(right[here].mean())
+        found[b] |= {"confidence": mean, "accuracy": hit, "n": int(here.sum())}
     ece = float(ece_statistic(sure, right)(np.arange(len(sure))[None])[0])
     return {"ece": ece, "brier": float(((sure - right) ** 2).mean()), "n": len(sure), "bins": found}
 

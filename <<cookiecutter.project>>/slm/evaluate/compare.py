@@ -7,9 +7,8 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.metrics import Metric, Result, percentile, primary_statistic, resample
-from slm.evaluate.preference import Preference, prefer
+from slm.evaluate.preference import Preference
 from slm.evaluate.scorers import Score
-from slm.rows import Row
 
 FEW = 30  # below this many rows an interval that excludes zero is still no proof
 
@@ -43,34 +42,27 @@ class Comparison(BaseModel):
         return self.outcome + (" (constrained against unconstrained)" if self.mixed else "")
 
 
-def compare_results(
-    candidate: Result, baseline: Result, contract: Contract, settings, rows: Sequence[Row] = ()
-) -> Comparison:  # fmt: skip
-    """Compare two Results, as `paired` does their scores; with the `rows` of a rewriting task `evaluate.judge` is asked
-    too, where it is set. Raises SlmError when one was not run, or they stand on other versions of set or contract."""
-    _alike(candidate, baseline)
-    if candidate.contract_hash != contract.schema_hash:
-        hashes = f"{candidate.contract_hash or 'no hash'}, now {contract.schema_hash}"
-        raise SlmError(f"{candidate.name}: measured under another contract ({hashes}); run 06_evaluate again.")
+def compare_results(candidate: Result, baseline: Result, contract: Contract, settings) -> Comparison:
+    """Compare two Results, as `paired` does their scores. Raises SlmError when one was not run, or they stand on other
+    versions of a set or a contract."""
+    alike([candidate, baseline], contract.schema_hash)
     found = paired(candidate.scores, baseline.scores, contract, settings)
-    judged = bool(rows) and contract.task_type == "rewriting" and settings.evaluate.judge.url
-    preference = prefer(settings, contract, rows, candidate.scores, baseline.scores) if judged else None
-    return found.model_copy(update={"mixed": candidate.constrained != baseline.constrained, "preference": preference})
+    return found.model_copy(update={"mixed": candidate.constrained != baseline.constrained})
 
 
-def _alike(*results: Result) -> None:
-    """Raises SlmError unless all were run, on one version of one set, under one contract."""
+def alike(results: Sequence[Result], contract_hash: str) -> None:
+    """Raises SlmError unless all were run, on one version of one set, under this version of the contract."""
     first = results[0]
     for other in results:
         names = f"{first.name} on {first.set} and {other.name} on {other.set}"
         if not other.ran:
             raise SlmError(f"{other.name} on {other.set} was not run ({other.reason}): there is nothing to compare.")
-        for what, a, b in (
-            ("rows", first.set_hash, other.set_hash), ("contracts", first.contract_hash, other.contract_hash)
-        ):  # fmt: skip
-            if a != b or first.set != other.set:
-                hashes = f"{a[:12] or 'no hash'} and {b[:12] or 'no hash'}"
-                raise SlmError(f"{names}: measured on different {what} ({hashes}); run both again on today's.")
+        if (first.set, first.set_hash) != (other.set, other.set_hash):
+            hashes = f"{first.set_hash[:12] or 'no hash'} and {other.set_hash[:12] or 'no hash'}"
+            raise SlmError(f"{names}: measured on different rows ({hashes}); run both again on today's set.")
+        if {first.contract_hash, other.contract_hash} != {contract_hash}:
+            hashes = f"{first.contract_hash} and {other.contract_hash}, now {contract_hash}"
+            raise SlmError(f"{names}: measured under different contracts ({hashes}); run both again.")
 
 
 def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Contract, settings) -> Comparison:
@@ -103,25 +95,22 @@ def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Cont
     )  # fmt: skip
 
 
-def gap_closed(tuned: Result, base: Result, larger: Result, resamples: int = 2000, confidence: float = 0.95):
-    """(tuned - base) / (larger - base) in the primary metric as a Metric with its paired bootstrap interval; 1: as good
-    as the larger model. None when the larger one is not shown to be better than the base: there is no gap to close.
-    Raises SlmError when the three do not stand on the same rows."""
+def gap_closed(tuned: Result, base: Result, larger: Result, contract: Contract, settings) -> Metric | None:
+    """(tuned - base) / (larger - base) in the primary metric with its paired bootstrap interval; 1: as good as the
+    larger model. None when the larger one is not shown to be better than the base: there is no gap to close. Raises
+    SlmError when the three do not stand on the same rows."""
     import numpy as np
 
-    _alike(tuned, base, larger)
-    name, by_id = next(iter(tuned.metrics)), [{s.row_id: s for s in r.scores} for r in (tuned, base, larger)]
-    if not by_id[0].keys() == by_id[1].keys() == by_id[2].keys():
-        raise SlmError(f"{tuned.name}, {base.name} and {larger.name} on {tuned.set}: not the same rows; run them again.")
-    n, ids = len(by_id[0]), list(by_id[0])
-    t, b, g = (primary_statistic([scores[i] for i in ids], name) for scores in by_id)
-    whole, draws = np.arange(n)[None], resample(n, resamples)
-    gap = g(draws) - b(draws)
-    if n < FEW or np.quantile(gap, (1 - confidence) / 2) <= 0:
+    if compare_results(larger, base, contract, settings).outcome != "better":
         return None
-    kept = draws[gap > 0]
-    value = float(((t(whole) - b(whole)) / (g(whole) - b(whole)))[0])
-    return percentile(value, (t(kept) - b(kept)) / gap[gap > 0], confidence, n)
+    compare_results(tuned, base, contract, settings)
+    by_id = ({s.row_id: s for s in r.scores} for r in (tuned, base, larger))
+    ids, n = [s.row_id for s in tuned.scores], len(tuned.scores)
+    t, b, g = (primary_statistic([own[i] for i in ids], contract.primary_metric) for own in by_id)
+    whole, draws = np.arange(n)[None], resample(n, settings.evaluate.resamples)
+    draws = draws[g(draws) > b(draws)]
+    value, found = ((t(rows) - b(rows)) / (g(rows) - b(rows)) for rows in (whole, draws))
+    return percentile(float(value[0]), found, settings.evaluate.confidence, n)
 
 
 def seeds(results: Sequence[Result], confidence: float = 0.95) -> Metric:
@@ -130,21 +119,12 @@ def seeds(results: Sequence[Result], confidence: float = 0.95) -> Metric:
     import numpy as np
     from scipy.stats import sem, t
 
-    _alike(*results)
+    alike(results, results[0].contract_hash)
     values = [next(iter(r.metrics.values())).value for r in results]
     if len(values) == 1 or np.ptp(values) == 0:
         return next(iter(results[0].metrics.values()))
     mean, reach = float(np.mean(values)), float(t.ppf((1 + confidence) / 2, len(values) - 1) * sem(values))
     return Metric(value=mean, low=max(0.0, mean - reach), high=min(1.0, mean + reach), n=len(values))
-
-
-def holm(comparisons: dict[str, Comparison]) -> dict[str, float]:
-    """The McNemar p-values of several comparisons, adjusted for their number (Holm 1979)."""
-    from statsmodels.stats.multitest import multipletests
-
-    found = [c.mcnemar_p for c in comparisons.values()]
-    adjusted = multipletests(found, method="holm")[1] if found else []
-    return dict(zip(comparisons, map(float, adjusted), strict=True))
 
 
 def detectable_difference(n: int, spread: float = 0.4, confidence: float = 0.95, power: float = 0.8) -> float:

@@ -79,8 +79,8 @@ def interval(
     values: Sequence[float], resamples: int, confidence: float, seed: int = 0, weights: Sequence[float] | None = None
 ) -> Metric:  # fmt: skip
     """Mean of per-row values: Wilson's interval for 0/1 values, else the percentile bootstrap over rows. With `weights`
-    (all above 0) sum(values) / sum(weights), a micro average. Without any spread the bootstrap would claim certainty;
-    Wilson's interval, the wider one, is taken then. Source: Wilson 1927 (statsmodels proportion_confint); Efron 1979."""
+    (all above 0) sum(values) / sum(weights), a micro average. Without any spread the bootstrap would claim certainty,
+    and Wilson's interval, the wider one, is taken. Source: Wilson 1927 (statsmodels proportion_confint); Efron 1979."""
     import numpy as np
     from statsmodels.stats.proportion import proportion_confint
 
@@ -113,8 +113,8 @@ def percentile(value: float, draws, confidence: float, n: int) -> Metric:
 
 
 def parts(scores: Sequence[Score], name: str):
-    """A metric's shares as two arrays, sum(first) / sum(second) being its value; 0 and 0 where a row says nothing. Scores
-    without shares give the value of each row."""
+    """A metric's shares as two arrays, sum(first) / sum(second) being its value; 0 and 0 where a row says nothing.
+    Scores without shares give the value of each row."""
     import numpy as np
 
     shares = [s.shares.get(name, (0.0, 0.0) if s.shares else s.value) for s in scores]
@@ -139,7 +139,7 @@ TABLES: dict[str, Callable] = {
 
 
 def table_statistic(labels: Sequence[tuple[str, str]], name: str = "macro_f1") -> Callable:
-    """A function from row numbers (draws, n) to a metric of TABLES of each draw (draws,), by expected and given labels."""
+    """A function from row numbers (draws, n) to a metric of TABLES of each draw (draws,). `labels`: expected, given."""
     import numpy as np
 
     names = sorted({label for pair in labels for label in pair})
@@ -147,28 +147,26 @@ def table_statistic(labels: Sequence[tuple[str, str]], name: str = "macro_f1") -
     cells = np.array([code[want] * k + code[got] for want, got in labels])
 
     def statistic(rows):
-        found = []
-        for part in np.array_split(rows, -(-len(rows) // 100)):  # a hundred draws at a time, for the memory
-            flat = cells[part] + np.arange(len(part))[:, None] * k * k
-            table = np.bincount(flat.ravel(), minlength=len(part) * k * k).reshape(-1, k, k)
-            want, got, hit = table.sum(2), table.sum(1), np.diagonal(table, axis1=1, axis2=2)
-            found.append((TABLES[name](hit, want, got) * (want > 0)).sum(1) / (want > 0).sum(1))
-        return np.concatenate(found)
+        flat = cells[rows] + np.arange(len(rows))[:, None] * k * k
+        table = np.bincount(flat.ravel(), minlength=len(rows) * k * k).reshape(-1, k, k)
+        want, got, hit = table.sum(2), table.sum(1), np.diagonal(table, axis1=1, axis2=2)
+        return (TABLES[name](hit, want, got) * (want > 0)).sum(1) / (want > 0).sum(1)
 
     return statistic
 
 
 def measure(scores: Sequence[Score], contract: Contract, settings) -> dict[str, Metric]:
-    """Every metric of the contract's task type, the primary one first; `constraint.<name>` and `field.<name>`; `ece` and
-    `brier` where answers carry probabilities; with intervals. What no row says anything about is left out."""
+    """Every metric of the contract's task type, the primary one first; `constraint.<name>` and `field.<name>`; `ece`
+    and `brier` where answers carry probabilities; with intervals. What no row says anything about is left out."""
     import numpy as np
 
     resamples, confidence, found = settings.evaluate.resamples, settings.evaluate.confidence, {}
 
     def over_all(statistic: Callable, n: int) -> Metric:
         value, draws = float(statistic(np.arange(n)[None])[0]), statistic(resample(n, resamples))
-        # No spread is no certainty, see `interval`.
-        return percentile(value, draws, confidence, n) if np.ptp(draws) else interval([value] * n, resamples, confidence)
+        if not np.ptp(draws):  # no spread is no certainty
+            return interval([value] * n, resamples, confidence)
+        return percentile(value, draws, confidence, n)
 
     constraints = dict.fromkeys(n for s in scores for n in s.shares if n.startswith("constraint."))
     for name in [*metric_names(contract), *constraints] if scores else []:
@@ -188,17 +186,17 @@ def measure(scores: Sequence[Score], contract: Contract, settings) -> dict[str, 
     return found
 
 
-def by_slice(scores: Sequence[Score], rows: Sequence[Row], contract: Contract, settings) -> dict[str, dict[str, Metric]]:
+def by_slice(scores: Sequence[Score], rows: Sequence[Row], contract: Contract, settings) -> dict[str, dict]:
     """The primary metric by category, kind, difficulty and language: {"kind": {"boundary": Metric}}."""
+    import numpy as np
+
     result, (hits, whole), own = {}, parts(scores, contract.primary_metric), settings.evaluate
     for key in SLICES:
-        groups: dict[str, list[int]] = {}
-        for i, row in enumerate(rows):
-            if whole[i]:
-                groups.setdefault(str(getattr(row.meta, key)), []).append(i)
-        names = [d for d in DIFFICULTIES if d in groups] if key == "difficulty" else sorted(groups)
-        found = {n: (hits[groups[n]], whole[groups[n]]) for n in names}
-        result[key] = {n: interval(h, own.resamples, own.confidence, weights=w) for n, (h, w) in found.items()}
+        names = np.array([str(getattr(row.meta, key)) for row in rows])
+        order = [d for d in DIFFICULTIES if d in names] if key == "difficulty" else sorted(set(names.tolist()))
+        of = {name: (names == name) & (whole > 0) for name in order}
+        how = {"resamples": own.resamples, "confidence": own.confidence}
+        result[key] = {name: interval(hits[i], weights=whole[i], **how) for name, i in of.items() if i.any()}
     return result
 
 
@@ -251,7 +249,8 @@ def evaluate(
         slices=by_slice(scores, rows, contract, settings), confusion=confusion(scores), scores=scores,
         constrained=constrained, calibration=reliability(scores, contract),
         warnings=[] if name == "majority" else suspicions(scores),
-        prompt_tokens=sum(s.prompt_tokens for s in scores) / n, completion_tokens=sum(s.completion_tokens for s in scores) / n,
+        prompt_tokens=sum(s.prompt_tokens for s in scores) / n,
+        completion_tokens=sum(s.completion_tokens for s in scores) / n,
     )  # fmt: skip
     if latency:
         import numpy as np
@@ -260,14 +259,13 @@ def evaluate(
         picked = rows[::step][: settings.evaluate.latency_requests]
         prompts = [Prompt(prompt_messages(contract, row, shots), most, schema) for row in picked]
         answers = alone(model, prompts, n=len(prompts))
-        waits = [a.latency_s for a in answers]
+        waits, tokens = [a.latency_s for a in answers], sum(a.completion_tokens for a in answers)
         firsts = [a.first_token_s for a in answers if a.first_token_s is not None]
-        p50, p95, p99 = map(float, np.percentile(waits, [50, 95, 99]))
-        result.latency_p50_s, result.latency_p95_s, result.latency_p99_s = p50, p95, p99
         result.first_token_s = float(np.median(firsts)) if firsts else None
-        tokens = sum(a.completion_tokens for a in answers)
+        quantiles = map(float, np.percentile(waits, [50, 95, 99]))
+        result.latency_p50_s, result.latency_p95_s, result.latency_p99_s = quantiles
         result.tokens_per_second = tokens / sum(waits) if tokens else None
-        result.memory_mb = getattr(model, "memory_mb", None)  # programs and endpoints have none
+        result.memory_mb = getattr(model, "memory_mb", None)  # a program or an endpoint has none
         result.cost_per_1k_requests = cost_per_1k(settings, result, endpoint)
     return result
 

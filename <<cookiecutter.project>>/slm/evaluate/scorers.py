@@ -13,35 +13,26 @@ from slm.evaluate.calibration import label_confidence
 from slm.rows import Row
 
 NO_ANSWER = "(unreadable)"
-COMMON = (
-    "exact_match", "lenient_exact_match", "schema_validity", "schema_error_rate", "lenient_schema_validity", "error_rate",
-    "endless_rate", "echo_rate",
-)  # fmt: skip
-FIELDWISE = (
-    "field_f1", "critical_field_accuracy", "exact_key_match", "micro_precision", "micro_recall", "micro_f1",
-    "json_parse_rate", "record_parse_rate",
-)  # fmt: skip
+COMMON = ("exact_match", "lenient_exact_match", "schema_validity", "schema_error_rate", "lenient_schema_validity",
+          "error_rate", "endless_rate", "echo_rate")  # fmt: skip
+FIELDWISE = ("field_f1", "critical_field_accuracy", "exact_key_match", "micro_precision", "micro_recall", "micro_f1",
+             "json_parse_rate", "record_parse_rate")  # fmt: skip
 BY_TYPE = {
     "extraction": FIELDWISE,
     "json_generation": FIELDWISE,
-    "tool_calling": (
-        "tool_name_accuracy", "required_argument_accuracy", "argument_accuracy", "argument_f1", "json_parse_rate",
-        "unsafe_tool_call_rate", "executable_success",
-    ),
+    "tool_calling": ("tool_name_accuracy", "required_argument_accuracy", "argument_accuracy", "argument_f1",
+                     "json_parse_rate", "unsafe_tool_call_rate", "executable_success"),
     "classification": ("json_parse_rate", "false_positive_rate", "false_negative_rate"),
     "rewriting": ("constraint_pass_rate", "rubric_score"),
     "qa": ("answer_correctness", "answer_f1", "citation_support", "citation_recall", "hallucination_rate"),
-    "review": (
-        "issue_f1", "issue_precision", "issue_recall", "false_positive_rate", "severity_accuracy", "severity_error",
-        "severity_bias",
-    ),
+    "review": ("issue_f1", "issue_precision", "issue_recall", "false_positive_rate", "severity_accuracy",
+               "severity_error", "severity_bias"),
     "planning": ("step_validity", "step_recall", "tool_sequence_accuracy", "execution_success"),
     "safety": ("violation_recall", "false_refusal_rate", "jailbreak_resistance"),
 }  # fmt: skip
-LOWER_IS_BETTER = (
-    "schema_error_rate", "error_rate", "endless_rate", "echo_rate", "unsafe_tool_call_rate", "false_positive_rate",
-    "false_negative_rate", "hallucination_rate", "severity_error", "severity_bias", "false_refusal_rate", "ece", "brier",
-)  # fmt: skip
+LOWER_IS_BETTER = ("schema_error_rate", "error_rate", "endless_rate", "echo_rate", "unsafe_tool_call_rate",
+                   "false_positive_rate", "false_negative_rate", "false_refusal_rate", "hallucination_rate",
+                   "severity_error", "severity_bias")  # fmt: skip
 ECHO_CHARS = 20  # a shorter text stands in many answers by chance
 EMPTY = ((0, 0), None)  # shares of rows that say nothing about a metric
 Share = float | tuple[float, float]
@@ -78,12 +69,13 @@ class Score(BaseModel):
 
 
 def metric_names(contract: Contract) -> list[str]:
-    """The metrics that are reported for a contract, the primary one first. Raises SlmError when that is none of them, or
-    one of which less is better."""
+    """The metrics that are reported for a contract, the primary one first. Raises SlmError when that is none of them,
+    or one of which less is better."""
     own = [*COMMON, *BY_TYPE[contract.task_type], *(("accuracy", "macro_f1") if contract.label_field else ())]
     known = [name for name in own if name not in LOWER_IS_BETTER]
     if contract.primary_metric not in known:
-        raise SlmError(f"task/contract.py: primary_metric {contract.primary_metric!r} is not one of {', '.join(known)}.")
+        problem = f"primary_metric {contract.primary_metric!r} is not one of {', '.join(known)}"
+        raise SlmError(f"task/contract.py: {problem}.")
     return list(dict.fromkeys([contract.primary_metric, *own]))
 
 
@@ -142,7 +134,7 @@ def row_metric(name: str) -> Callable[[Score, Contract], float | None]:
 
 
 def answer_rows(
-    model, rows: Sequence[Row], contract: Contract, max_tokens: int, shots: Sequence[dict] = (), schema: dict | None = None
+    model, rows: Sequence[Row], contract: Contract, max_tokens: int, shots: Sequence[dict] = (), schema=None
 ) -> list[Score]:  # fmt: skip
     """Ask `model` every row and judge the answers: the Scores, in order. `shots`: the messages of a better prompt;
     `schema`: the JSON schema that decoding is held to."""
@@ -200,7 +192,9 @@ def _own(contract: Contract, row: Row, score: Score) -> tuple[dict, list[str]]:
         if error or not all(own.values()):
             why = error or f"breaks the constraint {next(name for name, kept in own.items() if not kept)}"
             raise SlmError(f"row {row.id}: its own answer {why}; mend the row or `constraints` in task/contract.py.")
-        kept, error = (dict.fromkeys(own, False), "") if parsed is None else _try(contract.constraints, row.user, parsed)
+        kept, error = dict.fromkeys(own, False), ""
+        if parsed is not None:
+            kept, error = _try(contract.constraints, row.user, parsed)
         if error:
             raise SlmError(f"row {row.id}: `constraints` in task/contract.py {error} on {score.text[:60]!r}; mend it.")
         found = {"constraint_pass_rate": all(kept.values())} | {f"constraint.{name}": ok for name, ok in kept.items()}
@@ -231,7 +225,8 @@ def _echo(user: str, text: str, value: dict | None) -> bool:
 def _counts(want: Counter, got: Counter, name: str) -> dict[str, tuple[int, int]]:
     """Precision, recall and F1 as (hits, of how many), to be summed over rows (micro average)."""
     both, given, there = (want & got).total(), got.total(), want.total()
-    return {f"{name}_precision": (both, given), f"{name}_recall": (both, there), f"{name}_f1": (2 * both, given + there)}
+    shares = {"precision": (both, given), "recall": (both, there), "f1": (2 * both, given + there)}
+    return {f"{name}_{kind}": share for kind, share in shares.items()}
 
 
 def _filled(contract: Contract, score: Score, without: str | None = None) -> list[Counter]:
@@ -249,7 +244,7 @@ def _fields(contract: Contract, row: Row, score: Score) -> dict:
 def _labelled(contract: Contract, row: Row, score: Score) -> dict:
     want, got, said = (contract.label(value) for value in (score.expected, score.parsed, score.lenient_parsed))
     null, right = contract.null_label, score.parsed is not None and want == got
-    found = {"accuracy": right, "macro_f1": right, "tool_name_accuracy": right}  # macro-F1: over rows by the whole matrix
+    found = {"accuracy": right, "macro_f1": right, "tool_name_accuracy": right}  # macro_f1 over rows: see TABLES
     if null is not None and want == null:
         acts = said not in (None, null)  # read leniently: a reader or a runtime would act on it
         found |= {"false_positive_rate": acts, "false_refusal_rate": acts}
@@ -261,7 +256,8 @@ def _labelled(contract: Contract, row: Row, score: Score) -> dict:
 
 
 def _tool(contract: Contract, row: Row, score: Score) -> dict:
-    want, got, unsafe = contract.label(score.expected), contract.label(score.lenient_parsed), contract.unsafe_labels
+    want, got = contract.label(score.expected), contract.label(score.lenient_parsed)
+    unsafe, null = contract.unsafe_labels, contract.null_label
     right, hits = _labelled(contract, row, score)["accuracy"], [score.fields[name] for name in score.required]
     both, of = _counts(*_filled(contract, score, contract.label_field), "argument")["argument_f1"]
     f1 = right and (both / of if of else 1.0)
@@ -269,7 +265,7 @@ def _tool(contract: Contract, row: Row, score: Score) -> dict:
         "required_argument_accuracy": right * sum(hits) / len(hits) if hits else None, "argument_f1": f1,
         "argument_accuracy": f1 == 1.0,
         # Read leniently: a runtime that digs a call out of prose would carry it out.
-        "unsafe_tool_call_rate": got != want and (got in unsafe if unsafe else want == contract.null_label and got is not None),
+        "unsafe_tool_call_rate": got != want and got is not None and (got in unsafe or not unsafe and want == null),
     }  # fmt: skip
 
 
@@ -325,9 +321,9 @@ def _review(contract: Contract, row: Row, score: Score) -> dict:
 
 def _plan(contract: Contract, row: Row, score: Score) -> dict:
     want, got = (value["steps"] if value else [] for value in (score.expected, score.parsed))
-    found, same = _counts(Counter(map(canon, want)), Counter(map(canon, got)), "step"), score.parsed is not None and want == got
-    valid, recall = (h / n if n else float(same) for h, n in (found["step_precision"], found["step_recall"]))
-    order = score.parsed is not None and [s["tool"] for s in want] == [s["tool"] for s in got]
+    read, found = score.parsed is not None, _counts(Counter(map(canon, want)), Counter(map(canon, got)), "step")
+    valid, recall = (h / n if n else read and want == got for h, n in (found["step_precision"], found["step_recall"]))
+    order = read and [s["tool"] for s in want] == [s["tool"] for s in got]
     return {"step_validity": valid, "step_recall": recall, "tool_sequence_accuracy": order}
 
 
