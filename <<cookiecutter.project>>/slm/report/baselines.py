@@ -9,6 +9,7 @@ from slm.evaluate.compare import FEW, detectable_difference, spread
 from slm.evaluate.metrics import Result, metric_names
 from slm.evaluate.release import report_file
 from slm.report import plots, tables
+from slm.report.render import fill
 from slm.rows import Row, write_text
 
 _USES = {
@@ -67,27 +68,11 @@ def eval_plan(settings, contract: Contract, sets: dict[str, list[Row]], results:
         "stage": "plan", "run_id": settings.run_id, "contract": contract.schema_hash, "spread": sd, "source": source,
         "detectable": {line["set"]: line["detectable difference"] for line in sizes},
     })  # fmt: skip
-    text = f"""# Evaluation plan: {contract.name}
-
-Written by `02_baseline`, before any training.
-
-* **Primary metric:** `{name}`, target {contract.target:g}. {_MEANING.get(name, "")}
-* **Also reported:** {", ".join(f"`{n}`" for n in metric_names(contract)[1:])}, accuracy per field, latency, cost.
-* **Critical fields:** {", ".join(f"`{c}`" for c in contract.critical) or "none named"}. A golden row with one of them wrong is a critical failure; {settings.gates.critical_failures} are allowed.
-* **Reading an answer:** strict, the whole text must be the JSON value. The lenient rate (first object found in the text) stands beside it and decides nothing.
-* **Intervals:** {own.confidence:.0%}. Wilson for shares of rows; the percentile bootstrap over rows ({own.resamples} resamples, seed 0) for the rest.
-* **Comparisons:** paired, on the same rows: bootstrap of the difference, and McNemar's exact test on exact match. "Better" needs an interval above zero and at least {FEW} rows. No correction is made for comparing against several baselines: the one that counts is the best.
-* **Must be beaten:** majority, rule program, a classical model where the output holds a label, base model, base model with a better prompt, free and held to the schema, retrieval where the task needs documents, and the larger model where one is set. The gain that counts most is the one over the strongest of the first three: they cost nothing.
-
-## The sets
-
-{tables.markdown(sizes)}
-The detectable difference is what a paired comparison of that many rows shows four times in five. It assumes a per-row spread of {sd:.2f} ({source}). A smaller gain is real only with more rows.
-
-## Looks
-
-`dev` may be looked at as often as you like; prompts and recipe are tuned on nothing else. `golden` and `adversarial` decide about release and are not tuned on. `test` is opened once, with `evaluate.final_test: true`, when dev and golden are settled; every look is counted in `registry/looks.jsonl` and shown in the report. All four files are locked by hash: a changed one stops the run.
-"""
+    text = fill(
+        "eval_plan.md", contract=contract, meaning=_MEANING.get(name, ""), others=metric_names(contract)[1:],
+        critical_failures=settings.gates.critical_failures, confidence=f"{own.confidence:.0%}", resamples=own.resamples,
+        few=FEW, sizes=sizes, spread=sd, source=source,
+    )  # fmt: skip
     return write_text(settings.path("specs/eval_plan.md"), text)
 
 
@@ -99,20 +84,9 @@ def baseline_report(settings, contract: Contract, results: Sequence[Result]) -> 
     folder = report_file(settings, settings.run_id).parent
     plot = plots.models_bar(results, name, folder / "baselines.png", contract.target)
     reached = "already reaches" if best.metrics[name].value >= contract.target else "does not reach"
-    text = f"""# Baseline report: {contract.name}
-
-**To beat: {tables.title(best.name)}, {name} {best.metrics[name]} on {best.set}** (n={len(best.scores)}). It {reached} the target of {contract.target:g}.
-
-Strongest of those that cost nothing (majority, rules, classical): {tables.title(cheap.name)}, {cheap.metrics[name]}.
-
-Run `{settings.run_id}`, profile `{settings.profile}`, base `{settings.model.base}`, evaluation set `{best.set}` {best.set_hash[:12]}.
-
-{tables.markdown(tables.results(results, columns(contract)))}
-![baselines]({plot.relative_to(settings.root).as_posix()})
-
-Square brackets: {settings.evaluate.confidence:.0%} interval. Majority and the examples in the better prompt come from the seed rows, never from an evaluation set. The larger model gets the better prompt. A retrieval pipeline is {"needed for this task and was not run: build it first" if settings.task.needs_knowledge else "not among the baselines: the task needs no knowledge from documents"}. Latency: one request at a time, {settings.evaluate.latency_requests} requests.
-
-## Fields
-
-{tables.markdown(fields(ran))}"""
+    text = fill(
+        "baseline_report.md", contract=contract, settings=settings, name=name, best=best, cheap=cheap, reached=reached,
+        confidence=f"{settings.evaluate.confidence:.0%}", models=tables.results(results, columns(contract)),
+        fields=fields(ran), picture=plot.relative_to(settings.root).as_posix(),
+    )  # fmt: skip
     return write_text(settings.path("baseline_report.md"), text)

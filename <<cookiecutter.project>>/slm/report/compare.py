@@ -2,10 +2,11 @@
 
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate.candidate import by_set, load_candidate
+from slm.evaluate.candidate import NAME, by_set, load_candidate
 from slm.evaluate.compare import compare_results
 from slm.evaluate.release import load_report
 from slm.report import tables
+from slm.report.render import fill
 
 
 def render(settings, a: str, b: str) -> str:
@@ -36,28 +37,16 @@ def render(settings, a: str, b: str) -> str:
             ]  # fmt: skip
     if not lines:
         raise SlmError(f"runs {a} and {b} share no model on any set; run 06_evaluate for both.")
-    golden = next((line for line in lines if line["set"] == "golden"), lines[0])
     facts = [
-        {"": run, "base": r["model"]["base"], "profile": r["profile"], "dataset version": r["dataset_version"] or "not recorded",
+        {"run": run, "base": r["model"]["base"], "profile": r["profile"], "dataset version": r["dataset_version"] or "not recorded",
          "settings": r["settings"], "verdict": r["verdict"]} for run, r in zip((a, b), reports, strict=True)
     ]  # fmt: skip
-    waits = [one["dev"]["fine_tuned"].model_copy(update={"name": run}) for run, one in zip((a, b), found, strict=True) if "dev" in one]
-    return f"""# {b} against {a}: {contract.name}
-
-**{golden["model"].capitalize()} on {golden["set"]}, {contract.primary_metric}: {golden["difference"]}, {golden["verdict"]}.** {golden["rows fixed"]} rows fixed, {golden["rows broken"]} broken.
-
-{tables.markdown(facts)}
-## {b} minus {a}, same rows
-
-{tables.markdown(lines)}
-Square brackets: {settings.evaluate.confidence:.0%} interval of the paired difference; McNemar's exact test and the rows by exact match.
-
-## What a request takes
-
-{tables.markdown(tables.results(waits, [contract.primary_metric]))}
-## Rows that changed
-
-{tables.markdown(changed)}"""
+    waits = [one["dev"][NAME].model_copy(update={"name": run}) for run, one in zip((a, b), found, strict=True)]
+    return fill(
+        "compare.md", a=a, b=b, contract=contract, facts=facts, lines=lines, changed=changed,
+        first=next((line for line in lines if line["set"] == "golden"), lines[0]),
+        confidence=f"{settings.evaluate.confidence:.0%}", waits=tables.results(waits, [contract.primary_metric]),
+    )  # fmt: skip
 
 
 def _recorded(facts: dict) -> Contract:

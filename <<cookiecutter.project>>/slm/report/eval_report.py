@@ -1,6 +1,5 @@
-"""The report of 06 from its results: Markdown and HTML for people, JSON for the gates, PNGs beside them."""
+"""The evaluation as one record, and its files: JSON for the gates, Markdown and HTML for people, PNGs beside them."""
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,26 +7,17 @@ from pathlib import Path
 from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate.candidate import NAME, by_set, load_candidate
+from slm.evaluate.candidate import CONSTRAINED, NAME, by_set, load_candidate
 from slm.evaluate.compare import FEW, Comparison, compare_results, detectable_difference, gap_closed, seeds
 from slm.evaluate.metrics import Result
 from slm.evaluate.preference import prefer
 from slm.evaluate.release import failed_rows, gates, other_seeds, report_file
 from slm.report import html, plots, tables
 from slm.report.baselines import baseline_report, columns, eval_plan, fields
+from slm.report.render import LINES, differences, nine, render, table
 from slm.rows import Row, write_json, write_text
 
 __all__ = ["LINES", "baseline_report", "build", "columns", "differences", "eval_plan", "fields", "nine", "write"]
-LINES = (
-    "base_model_score", "prompted_base_score", "fine_tuned_model_score", "larger_model_score", "latency",
-    "tokens_per_second", "cost_per_1k_requests", "schema_error_rate", "failure_examples",
-)  # fmt: skip
-CONSTRAINED = "fine_tuned_constrained"
-TIMED = (
-    "latency_p50_s", "latency_p95_s", "latency_p99_s", "first_token_s", "tokens_per_second", "memory_mb",
-    "cost_per_1k_requests",
-)  # fmt: skip
-WORST = 15  # failed rows shown side by side
 
 
 def build(
@@ -175,7 +165,10 @@ def not_run(settings, contract: Contract, found: dict[str, dict[str, Result]], c
         "time to first token": mine.first_token_s is None and "not measured for this model",
     }  # fmt: skip
     reasons |= {what: why for what, why in absent.items() if why}
-    return [{"not run": what, "why": why} for what, why in reasons.items()]
+    by_reason: dict[str, list[str]] = {}
+    for what, why in reasons.items():
+        by_reason.setdefault(why, []).append(what)
+    return [{"not run": "; ".join(what), "why": why} for why, what in by_reason.items()]
 
 
 def verdict(contract: Contract, mine: Result, pairs: dict[str, Comparison]) -> str:
@@ -227,98 +220,6 @@ def write(settings, contract: Contract, report: dict, candidate: Sequence[Result
     return files[1]
 
 
-def table(found: dict[str, dict[str, Result]], set: str) -> list[Result]:
-    """The models of one set in the order of the titles. Nothing is timed on test: its figures come from dev."""
-    order = [k for k in tables.TITLES if k in found[set]] + [k for k in found[set] if k not in tables.TITLES]
-    timed = found["dev"] if set == "test" else found[set]
-    return [found[set][k].model_copy(update={f: getattr(timed.get(k, found[set][k]), f) for f in TIMED}) for k in order]
-
-
-def render(settings, contract: Contract, report: dict, found: dict, pictures: dict[str, Path]) -> str:
-    """The report as Markdown: the verdict first, then what it rests on."""
-    head, picture = report["headline_set"], lambda title: f"\n![{title}]({pictures[title].name})\n"
-    own = gates(settings, report)
-    left = sum(g.status != "pass" for g in own)
-    state = f"{left} of {len(own)} release gates not passed" if left else "every release gate passed"
-    looks = report["looks_at_test"]
-    parts = [
-        f"# Evaluation report: {contract.name}, run {report['run_id']}\n",
-        f"**{report['verdict']}**\n\n**Release:** {state}.\n",
-        *([f"**Warnings**\n\n{''.join(f'* {w}{chr(10)}' for w in report['warnings'])}"] if report["warnings"] else []),
-        f"Profile `{report['profile']}`, base `{report['model']['base']}`, dataset version "
-        f"`{report['dataset_version'] or 'not recorded'}`, settings `{report['settings']}`. Square brackets: "
-        f"{settings.evaluate.confidence:.0%} interval. Looks at the test set, over all runs: {looks}.\n",
-        "## Always reported\n", tables.markdown(nine(report, settings)),
-        f"\n## All models on {head}\n", tables.markdown(tables.results(table(found, head), columns(contract))),
-        f"\nThe same {report['sets'][head]['n']} rows for every model. Latency, first token, tokens per second and memory "
-        f"belong to lone requests on dev, uncached, after a warm-up; cost is in {settings.cost.currency} per 1,000 "
-        f"requests. An empty column is left out; see \"Not run\".\n", picture("all models"),
-        "\n## Fine-tuned against the others\n", *_against(report),
-    ]  # fmt: skip
-    for set in report["comparisons"]:
-        parts += [f"\n### On {set}: fine-tuned minus the other, same rows\n", tables.markdown(differences(report, set))]
-        if pairs := report["constrained"].get(set):
-            parts += [f"\n### On {set}: fine-tuned, constrained, minus the other\n", tables.markdown(tables.comparisons(pairs))]
-    for set in [s for s in report["comparisons"] if s != head]:
-        look = f" (look number {report['sets'][set]['looks']})" if set == "test" else ""
-        parts += [f"\n## On {set}{look}\n", tables.markdown(tables.results(table(found, set), columns(contract)))]
-    parts += ["\n## Fields\n", tables.markdown(fields(table(found, head))), "\n## Slices\n", picture("by slice")]
-    parts += [f"\n## {t.capitalize()}\n{picture(t)}" for t in ("confusion matrix", "reliability") if t in pictures]
-    parts += ["\n## Release gates\n", tables.markdown(tables.gates(own))]
-    seen, hidden = ([f for f in report["failures"] if (f["set"] == "test") == test] for test in (False, True))
-    parts += [f"\n## Worst failures\n\n{len(seen) + len(hidden)} rows wrong; the worst {min(WORST, len(seen))}, without "
-              "test rows. A cross marks what differs.\n", *map(_failure, seen[:WORST])]  # fmt: skip
-    if hidden:
-        parts += [f"Test rows, by id alone: {', '.join(f['row_id'] for f in hidden)}.\n"]
-    sets = [{"set": n, "rows": s["n"], "hash": s["hash"][:12], "looks": s["looks"]} for n, s in report["sets"].items()]
-    parts += ["\n## Not run\n", tables.markdown(report["not_run"]), "\n## Made with\n", tables.markdown(sets),
-              "\n" + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + "."]  # fmt: skip
-    return "\n".join(part.strip("\n") + "\n" for part in parts)
-
-
-def _against(report: dict) -> list[str]:
-    """The strongest cheap baseline, what the set can show, the gap closed and the seeds, a sentence each."""
-    head, cheap, room = report["headline_set"], report["strongest_cheap"], report["detectable"]
-    least, gap, runs = room["difference"][head], report["gap_closed"], report["seeds"]
-    lines = []
-    if cheap:
-        line = tables.comparisons({cheap: report["comparisons"][head][cheap]})[0]
-        lines += [f"Strongest cheap baseline: **{line['against']}**. Fine-tuned minus it: {line['difference']}, McNemar "
-                  f"p {line['McNemar p']}: {line['verdict']}."]  # fmt: skip
-    if judged := report["comparisons"][head][report["strongest"]]["preference"]:
-        lines += ["The judge {judge}, both orders, against {against}: fine-tuned preferred {win} (a tie is half), sign test "
-                  "p {sign_p:.4f}; the orders agree {same}; the answer shown first is taken {first}.".format(
-                      **judged, against=tables.title(report["strongest"]), win=tables.metric(judged["win_rate"]),
-                      same=tables.metric(judged["consistency"]), first=tables.metric(judged["first_rate"]))]  # fmt: skip
-    lines += [
-        f"Smallest difference that {head} can show four times in five: {least:.3f}, stated {room['stated']} "
-        f"(per-row spread {room['spread']:.2f}{', ' + room['at'][:16] if room['at'] else ''}). A smaller gain needs more rows.",
-        "Gap closed, (tuned - base) / (larger - base): "
-        + (f"not run: {gap['not_run']}." if "not_run" in gap else f"{tables.metric(gap)}."),
-        "Over seeds: " + (f"not run: {runs['not_run']}." if "not_run" in runs else "mean {value:.3f} [{low:.3f}, {high:.3f}] "
-                          "of {n} runs: ".format(**runs) + ", ".join(runs["runs"]) + "."),
-    ]  # fmt: skip
-    return ["".join(f"* {line}\n" for line in lines)]
-
-
-def _failure(failure: dict) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", failure["user"] + failure["text"])), default=0))
-    critical = ", critical" if failure["critical"] else ""
-    body = f"### {failure['row_id']} ({failure['set']}, {failure['kind']}{critical})\n\n{fence}text\n"
-    body += f"{failure['user'][:600]}\n{fence}\n\n{tables.markdown(tables.side_by_side(failure))}"
-    if failure["given"] is None:
-        body += f"\nThe whole answer:\n\n{fence}text\n{failure['text'][:300] or '(nothing)'}\n{fence}\n"
-    return body
-
-
-def differences(report: dict, set: str | None = None) -> list[dict]:
-    """Fine-tuned minus each baseline, on one set or on all."""
-    return [
-        {**({} if set else {"set": name}), **line}
-        for name, pairs in report["comparisons"].items() if set in (None, name) for line in tables.comparisons(pairs)
-    ]  # fmt: skip
-
-
 def versions() -> dict[str, str]:
     """The versions of the packages that can move a score."""
     from importlib import metadata
@@ -326,18 +227,3 @@ def versions() -> dict[str, str]:
     wanted = ("torch", "transformers", "peft", "trl", "llama-cpp-python")
     installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions()}
     return {"python": sys.version.split()[0], **{n: installed[n] for n in wanted if n in installed}}
-
-
-def nine(report: dict, settings) -> list[dict]:
-    """The nine lines that every report carries, as a table."""
-    lines, cells = report["lines"], {}
-    for key in LINES[:4]:
-        cells[key] = f"not run: {lines[key]['not_run']}" if "not_run" in lines[key] else tables.metric(lines[key])
-    wait, speed, cost = lines["latency"], lines["tokens_per_second"], lines["cost_per_1k_requests"]
-    waits = ", ".join(f"{p} {tables.seconds(wait[f'{p}_s'])}" for p in ("p50", "p95", "p99") if wait[f"{p}_s"] is not None)
-    cells["latency"] = f"{waits}, one request at a time" if waits else "not measured"
-    cells["tokens_per_second"] = f"{speed:.1f}" if speed else "-"
-    cells["cost_per_1k_requests"] = f"{cost:.4f} {settings.cost.currency}" if cost else "no rates set in project.yaml"
-    cells["schema_error_rate"] = tables.metric(lines["schema_error_rate"])
-    cells["failure_examples"] = f"{len(lines['failure_examples'])} shown below"
-    return [{"line": key, f"on {report['headline_set']}": value} for key, value in cells.items()]

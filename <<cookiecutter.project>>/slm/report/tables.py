@@ -16,7 +16,7 @@ TITLES = {
     "fine_tuned_constrained": "fine-tuned, constrained", "f16": "file f16", "q8_0": "file q8_0",
     "q5_k_m": "file q5_k_m", "q4_k_m": "file q4_k_m",
 }  # fmt: skip
-NUMBER = re.compile(r"[-+]?\d[^a-zA-Z]*$|-$|not run")  # a cell of a column that stands right
+NUMBER = re.compile(r"[-+<]?\d[^a-zA-Z]*$|-$|not run")  # a cell of a column that stands right
 CHEAP = ("majority", "rules", "classical")
 BASELINES = tuple(TITLES)[:8]
 FILES = tuple(TITLES)[10:]
@@ -47,10 +47,12 @@ def frame(records: Sequence[dict]):
 
 
 def metric(found: Metric | dict | None) -> str:
-    """ "0.853 [0.801, 0.902]", or "-" for what was not measured."""
+    """ "0.853 [0.801, 0.902]"; "-" or "not run: why" for what was not measured."""
     if found is None:
         return "-"
-    return str(found if isinstance(found, Metric) else Metric.model_validate(found))
+    if isinstance(found, Metric):
+        return str(found)
+    return f"not run: {found['not_run']}" if "not_run" in found else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
 
 
 def sets(found: dict[str, list[Row]], locked: dict[str, str]) -> list[dict]:
@@ -87,7 +89,7 @@ def comparisons(found: dict[str, dict]) -> list[dict]:
         {
             "against": title(name),
             "difference": "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**c["difference"]),
-            "McNemar p": f"{c['mcnemar_p']:.4f}" if c["mcnemar_p"] >= 1e-4 else "below 0.0001", "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
+            "McNemar p": f"{c['mcnemar_p']:.4f}" if c["mcnemar_p"] >= 1e-4 else "<0.0001", "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
             "n": c["difference"]["n"], "verdict": c["verdict"],
         }
         for name, c in found.items()
@@ -98,7 +100,7 @@ def gates(found: Sequence[Gate]) -> list[dict]:
     """One line per release gate; of the rows that count against it the first ten."""
     return [
         {
-            "gate": g.rule, "measured": g.measured, "status": g.status, "note": g.note,
+            "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.note,
             "rows": ", ".join(g.rows[:10]) + (f" and {len(g.rows) - 10} more" if len(g.rows) > 10 else ""),
         } for g in found
     ]  # fmt: skip
