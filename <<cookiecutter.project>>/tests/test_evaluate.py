@@ -103,8 +103,6 @@ def one(contract, answer, text):
     return score_row(contract, row, Answer(text, 0.1))
 
 
-
-
 def run_02(settings):
     sets = check_sets(settings, CONTRACT)
     registry.lock_sets(settings)

@@ -225,7 +225,8 @@ def test_compare_prints_and_keeps_the_paired_difference_of_two_runs(settings, co
     run_06(made_at(settings.root, "a"), double(0.5))
     run_06(made_at(settings.root, "b"))
     done = command("compare", "a", "b")
+    assert done.exit_code == 0, done.exception
     kept = settings.path("outputs/eval_reports/b/compare_a.md").read_text()
-    assert done.exit_code == 0 and kept in done.stdout and "compare_a.md" in done.stdout
+    assert kept in done.stdout and "compare_a.md" in done.stdout
     assert "| better" in kept and "golden-" in kept
     assert isinstance(command("compare", "a", "none").exception, SlmError)

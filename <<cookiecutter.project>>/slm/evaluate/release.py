@@ -39,12 +39,16 @@ class Gate(BaseModel):
     rows: list[str] = []
 
     @property
-    def detail(self) -> str:
-        """The rule, what was measured, and for a failed gate the first rows, on one line."""
+    def comment(self) -> str:
+        """The note, and for a failed gate the first of its rows."""
         more = f" and {len(self.rows) - 5} more" if len(self.rows) > 5 else ""
         named = f"rows {', '.join(self.rows[:5])}{more}" if self.rows and self.status == "fail" else ""
-        notes = "; ".join(part for part in (self.note, named) if part)
-        return f"{self.rule}: {self.measured}{f' ({notes})' if notes else ''}"
+        return "; ".join(part for part in (self.note, named) if part)
+
+    @property
+    def detail(self) -> str:
+        """The rule, what was measured and the comment, on one line."""
+        return f"{self.rule}: {self.measured}{f' ({self.comment})' if self.comment else ''}"
 
 
 def check(settings, run_id: str) -> list[Gate]:
@@ -268,10 +272,12 @@ def _running(settings, report: dict) -> list[Gate]:
     waits = {who: (r["latency_p95_s"], f"{r['latency_p95_s']:.2f} s") for who, r in timed.items()}
     prices = {who: cost_per_1k(settings, Result.model_validate(r)) for who, r in timed.items()}
     costs = {who: (price, f"{price:.4f} {money}") for who, price in prices.items() if price is not None}
+    rate = settings.cost.serving_hourly_rate
+    said = "" if rate is None else f", at cost.serving_hourly_rate {rate:g} {money}"
     ask = "say what the machine that answers costs: cost.serving_hourly_rate in project.yaml, 0 if nothing more"
     return [
         _bounded("latency", f"p95 <= {target:g} s", waits, target, note),
-        _bounded("cost", f"<= {most:g} {money} per 1,000 requests", costs, most, note if costs else ask),
+        _bounded("cost", f"<= {most:g} {money} per 1,000 requests", costs, most, f"{note}{said}" if costs else ask),
     ]
 
 
