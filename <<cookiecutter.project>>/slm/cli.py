@@ -63,8 +63,8 @@ def compare(run_a: str, run_b: str, config: Config = "project.yaml") -> None:
     from slm.report import compare as comparison
     from slm.rows import write_text
 
-    settings = load_settings(config, "default", {}, run_b)
-    text = comparison.render(settings, load_settings(config, "default", {}, run_a).run_id, run_b)
+    settings, _ = (load_settings(config, "default", {}, run) for run in (run_b, run_a))
+    text = comparison.render(settings, run_a, run_b)
     file = write_text(settings.path(f"outputs/eval_reports/{run_b}/compare_{run_a}.md"), text)
     print(f"{text}\nWrote {file.relative_to(settings.root)}")
 

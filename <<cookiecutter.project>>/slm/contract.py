@@ -17,8 +17,7 @@ TASK_TYPES = (
 )  # fmt: skip
 LABELLED = ("classification", "safety", "tool_calling")
 FIELDS = {
-    "tool_calling": ("arguments",), "rewriting": ("text",), "qa": ("answer", "citations"), "review": ("issues",),
-    "planning": ("steps",),
+    "tool_calling": ("arguments",), "rewriting": ("text",), "qa": ("answer", "citations"), "planning": ("steps.tool",),
 }  # fmt: skip
 
 
@@ -39,8 +38,8 @@ class Contract:
     `label_field` is the field that names the category, `null_label` its value for "nothing to do here".
     `target` is the least value of `primary_metric` (0 to 1) that would be released. `issue_key` names the keys that
     identify an issue (review). `execute(value)` raises when a call or plan does not run (tool_calling, planning);
-    `constraints(input text, value)` says which constraints the output keeps (rewriting). Every task type has its fields:
-    see FIELDS; safety also needs `null_label`, the label of what is allowed.
+    `constraints(input text, value)` says which constraints the output keeps (rewriting). Every task type has its
+    fields, see FIELDS; safety also needs `null_label`, the label of what is allowed.
     """
 
     name: str
@@ -68,19 +67,14 @@ class Contract:
             raise SlmError(f"{here} needs label_field, the name of the field that holds the label.")
         if self.task_type == "safety" and self.null_label is None:
             raise SlmError(f"{here} needs null_label, the label of what is allowed; every other one is a violation.")
-        for name in [*FIELDS.get(self.task_type, ()), *([self.label_field] if self.label_field else [])]:
-            if name not in own:
-                raise SlmError(f"{here} needs the output field `{name}`; there are: {', '.join(own) or 'none'}.")
-        for name, keys in (("issues", self.issue_key), ("steps", ("tool",))):
-            missing = (
-                [key for key in keys if key not in self.parts(name)] if name in FIELDS.get(self.task_type, ()) else []
-            )
-            if missing:
-                raise SlmError(
-                    f"{here}: each of `{name}` needs the key `{missing[0]}`; there are: {', '.join(self.parts(name))}."
-                )
-        if self.task_type == "tool_calling" and not self.kinds(own["arguments"]) <= {"object"}:
-            raise SlmError(f"{here} needs `arguments` as a nested object.")
+        needed = [*FIELDS.get(self.task_type, ()), *([self.label_field] if self.label_field else [])]
+        needed += [f"issues.{key}" for key in self.issue_key] if self.task_type == "review" else []
+        for name in needed:
+            there = own
+            for key in name.split("."):
+                if key not in there:
+                    raise SlmError(f"{here} needs the output field `{name}`; there are: {', '.join(there) or 'none'}.")
+                there = self.properties(there[key])
 
     @cached_property
     def schema(self) -> dict:
@@ -114,33 +108,17 @@ class Contract:
             raise SlmError(f"the value breaks the contract {self.name}: {explain(error)}.") from None
         return json.dumps(model.model_dump(exclude_unset=True), ensure_ascii=False, separators=(",", ":"))
 
-    def _options(self, node: dict) -> list[dict]:
-        """The alternatives of a node of the schema, references followed."""
-        if "$ref" in node:
-            node = self.schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-        options = node.get("anyOf") or node.get("oneOf")
-        return [part for option in options for part in self._options(option)] if options else [node]
-
-    def properties(self, node: dict | None = None) -> dict[str, dict]:
-        """Name -> schema of the properties of a node (none: the output), of all its alternatives together."""
-        found: dict[str, dict] = {}
-        for option in self._options(self.schema if node is None else node):
-            for name, part in option.get("properties", {}).items():
-                found[name] = {"anyOf": [found[name], part]} if name in found else part
+    def nodes(self, node: dict) -> list[dict]:
+        """A node of the schema with all that it may stand for: references, alternatives, a list's items."""
+        found = [node]
+        for part in found:  # grows while it is read
+            found += [self.schema["$defs"][part["$ref"].rsplit("/", 1)[1]]] if "$ref" in part else []
+            found += [*part.get("anyOf", []), *part.get("oneOf", []), *([part["items"]] if part.get("items") else [])]
         return found
 
-    def parts(self, name: str) -> dict[str, dict]:
-        """Name -> schema of the keys that the objects of a list field have, such as those of `issues` or `steps`."""
-        nodes = self._options(self.properties()[name])
-        return {key: part for node in nodes for key, part in self.properties(node.get("items", {})).items()}
-
-    def enum(self, node: dict) -> list:
-        """The values that a node allows by name, in the order of the schema."""
-        return [value for option in self._options(node) for value in option.get("enum", [])]
-
-    def kinds(self, node: dict) -> set[str]:
-        """The JSON types that a node allows."""
-        return {option.get("type", "any") for option in self._options(node)}
+    def properties(self, node: dict | None = None) -> dict[str, dict]:
+        """Name -> schema of the fields of a node (none: of the output), or of a list's objects."""
+        return {k: v for part in self.nodes(node or self.schema) for k, v in part.get("properties", {}).items()}
 
     @property
     def outline(self) -> str:

@@ -313,16 +313,16 @@ def test_the_same_ids_are_not_asked_twice():
         def tokenize(self, text):
             return [1, 2] if text == "same" else [9]
 
-        def answer_text(self, ids, max_tokens):
-            self.asked += 1
-            return Answer(str(ids), 0.0)
+        def answer_ids(self, prompts, max_tokens):
+            self.asked += len(prompts)
+            return [Answer(str(ids), 0.0) for ids in prompts]
 
     class Tokenizer:
         def apply_chat_template(self, messages, **_):
             return messages[0]["content"]
 
-        def __call__(self, text, **_):
-            return {"input_ids": [1, 2]}
+        def __call__(self, texts, **_):
+            return {"input_ids": [[1, 2] for _ in texts]}
 
     runtime, known = Runtime(), {}
     prompts = [Prompt([{"role": "user", "content": text}]) for text in ("same", "other")]

@@ -9,7 +9,7 @@ import pytest
 from slm.errors import SlmError
 from slm.models import Answer, Prompt, alone
 from slm.models.cache import CachedModel
-from slm.models.hf import common_prefix
+from slm.models.base import common_prefix
 from slm.models.openai_api import OpenAIModel
 from slm.models.program import ProgramModel
 from slm.settings import Endpoint
@@ -68,7 +68,7 @@ def test_another_fingerprint_is_another_answer(tmp_path):
 def test_a_program_answers_the_last_user_message():
     """Guards against a baseline that is shown the few-shot examples instead of the question."""
     model = ProgramModel("upper", str.upper)
-    assert model.answer([prompt("hi")])[0].text == "HI" and len(alone(model, [prompt("a"), prompt("b")])) == 2
+    assert model.answer([prompt("hi")])[0].text == "HI" and [a.text for a in alone(model, [prompt("a"), prompt("b")])] == ["A", "B"]
 
 
 @pytest.mark.parametrize(
@@ -121,17 +121,194 @@ def test_a_missing_gguf_is_named(tmp_path):
         LlamaCppModel(tmp_path / "torn.gguf")
 
 
-def test_the_runtime_keeps_to_the_schema():
-    """Guards against constrained decoding that is asked for and not in force."""
+@pytest.fixture(scope="module")
+def runtime():
+    """The embedded file with three slots, and what makes models over it."""
     pytest.importorskip("llama_cpp")
     from slm.models.embedded import gguf_file
     from slm.models.llama_cpp import LlamaCppModel
+
+    model = LlamaCppModel(gguf_file(), context=512, threads=1, slots=3)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The runtime as its own package drives it, one prompt at a time."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from slm.models.embedded import gguf_file
+
+    llama = llama_cpp.Llama(str(gguf_file()), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False, seed=0, logits_all=True)
+
+    def ask(asked: Prompt, penalty: float = 1.0, **options) -> dict:
+        llama.reset()
+        out = llama.create_chat_completion(
+            asked.messages, max_tokens=asked.max_tokens, temperature=asked.temperature, top_p=1.0, seed=asked.seed,
+            repeat_penalty=penalty, **options,
+        )  # fmt: skip
+        return out["choices"][0] | out["usage"]
+
+    yield ask
+    llama.close()
+
+
+QUESTIONS = ("Name a colour.", "What is 2 + 2?", "Say hello.", "Where is Paris? Answer in one word.", "Name an animal.", "Count to three.")
+
+
+def test_sequences_decoded_together_answer_as_one_by_one(runtime, plain):
+    """Guards against a slot that reads another slot's memory, a prefix that is cut wrongly, and answers that are swapped."""
+    prompts = [prompt(text, 3 + 3 * n) for n, text in enumerate(QUESTIONS)]
+    together, alone_ = runtime.answer(prompts), [plain(p) for p in prompts]
+    assert [a.text for a in together] == [a["message"]["content"] for a in alone_]
+    assert [(a.prompt_tokens, a.completion_tokens, a.finish_reason) for a in together] == [
+        (a["prompt_tokens"], a["completion_tokens"], a["finish_reason"]) for a in alone_
+    ]
+    assert len({a.text for a in together}) == len(prompts) and runtime.memory_mb > 0
+
+
+def test_a_lone_prompt_after_another_starts_from_what_they_share(runtime):
+    """Guards against tokens of the last lone answer that stay in the memory of the next."""
+    first, second, again = (runtime.answer([prompt(text, 8)])[0] for text in ("Name a colour.", "What is 2 + 2?", "Name a colour."))
+    assert first.text == again.text != second.text
+    assert 0 < first.first_token_s < first.latency_s
+    assert runtime.answer([prompt("Say hello."), prompt("Say bye.")])[0].first_token_s is None
+
+
+def test_log_probabilities_are_the_models_own(runtime, plain):
+    """Guards against probabilities after the repeat penalty, or of another row's logits."""
+    asked = [prompt(text, 6) for text in QUESTIONS[:4]]
+    for answer, own in zip(runtime.answer(asked), (plain(p, logprobs=True, top_logprobs=1) for p in asked), strict=True):
+        logs = [token["logprob"] for token in own["logprobs"]["content"]][: len(answer.pieces)]
+        assert "".join(text for text, _ in answer.pieces) == answer.text
+        assert [log for _, log in answer.pieces] == pytest.approx(logs, abs=0.15) and all(log <= 0 for log in logs)
+
+
+def test_the_repeat_penalty_is_the_runtimes_own(plain):
+    """Guards against a file that is proven without the penalty that it ships with."""
+    from slm.models.embedded import gguf_file
+    from slm.models.llama_cpp import LlamaCppModel
+
+    model, asked = LlamaCppModel(gguf_file(), context=512, threads=1, repeat_penalty=1.3), prompt("Say no, no, no, ten times.", 24)
+    answer, free = model.answer([asked])[0], plain(asked)
+    model.close()
+    assert answer.text == plain(asked, 1.3)["message"]["content"] != free["message"]["content"]
+
+
+def test_a_teachers_temperature_and_seed_are_kept(runtime, plain):
+    """Guards against greedy rows from a teacher that was asked for variety."""
+    asked = [Prompt(prompt("Invent a name.").messages, 8, temperature=1.0, seed=seed) for seed in (1, 2)]
+    one, two = (runtime.answer([p])[0].text for p in asked)
+    assert one != two and [one, two] == [plain(p)["message"]["content"] for p in asked]
+
+
+def test_a_prompt_over_the_context_is_an_error_and_the_others_are_answered(runtime):
+    """Guards against one endless mail that ends the evaluation."""
+    long, short = runtime.answer([prompt("word " * 600), prompt("Say hello.")])
+    assert long.finish_reason == "error" and "512" in long.text and short.text and short.finish_reason != "error"
+    nearly = runtime.answer([prompt("word " * 480, 400)])[0]
+    assert nearly.prompt_tokens + nearly.completion_tokens <= 512 and nearly.finish_reason in ("length", "stop")
+
+
+def test_half_a_character_and_a_stop_text_are_cut_cleanly():
+    """Guards against pieces that do not add up to the text, and against replacement characters in it."""
+    from slm.models.sequences import Job
+
+    smile = "\U0001f642".encode()
+    job = Job([1], 9, stop=[b"<end>"], found=[(b"a", -0.1), (smile[:2], -0.2), (smile[2:], -0.3), (b"b<e", -0.4), (b"nd>c", -0.5)])
+    assert job.pieces() == (("a", -0.1), ("", -0.2), ("\U0001f642", -0.3), ("b", -0.4))
+    assert Job([1], 9, found=[(b"x", -1.0), (smile[:3], -2.0)]).pieces() == (("x", -1.0), ("", -2.0))
+
+
+def test_the_runtime_keeps_to_the_schema(runtime, plain):
+    """Guards against constrained decoding that is asked for and not in force, or in force for the neighbour too."""
+    from llama_cpp.llama_grammar import LlamaGrammar
+    from slm.models.llama_cpp import _inlined
     from task.contract import contract
 
-    model = LlamaCppModel(gguf_file(), context=512)
-    free, bound = model.answer([Prompt(contract.prompt("hello"), 60), Prompt(contract.prompt("hello"), 100, contract.schema)])
-    model.close()
-    assert contract.parse(free.text).error and json.loads(bound.text)[contract.label_field]
+    free = Prompt(contract.prompt("hello"), 60)
+    bound = [Prompt(contract.prompt(text), 100, contract.schema) for text in ("hello", "My invoice 17 is wrong.")]
+    one, *rest = runtime.answer([free, *bound])
+    assert contract.parse(one.text).error and all(json.loads(a.text)[contract.label_field] for a in rest)
+    grammar = LlamaGrammar.from_json_schema(json.dumps(_inlined(contract.schema)), verbose=False)
+    assert rest[0].text == plain(bound[0], grammar=grammar)["message"]["content"]
+
+
+def test_a_template_that_refuses_is_named(runtime):
+    """Guards against a template's error for each row, taken for an answer."""
+    with pytest.raises(SlmError, match="chat template refuses"):
+        runtime.answer([Prompt([{"role": "user"}], 4), Prompt([{"content": object()}], 4)])
+
+
+def test_transformers_keep_to_the_schema(tiny):
+    """Guards against a constrained column in the table that was decoded freely; a random model knows no JSON by itself."""
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object", "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}},
+        "required": ["ok", "kind"], "additionalProperties": False,
+    }  # fmt: skip
+    bound, free = tiny.answer([Prompt(prompt("x").messages, 40, schema), prompt("x", 40)])
+    assert json.loads(bound.text).keys() == {"ok", "kind"} and bound.finish_reason == "stop"
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(free.text)
+    with pytest.raises(SlmError, match="output schema"):
+        tiny.answer([Prompt(prompt("x").messages, 8, {"type": "nothing"})])
+
+
+def test_pieces_add_up_to_the_text_of_transformers(tiny):
+    """Guards against probabilities that belong to other characters than they are read for."""
+    for answer in tiny.answer([prompt(t, 20) for t in ("a", "b c d", "\u00e9 \U0001f642")]):
+        assert "".join(text for text, _ in answer.pieces) == answer.text and len(answer.pieces) == answer.completion_tokens
+        assert all(log <= 0 for _, log in answer.pieces) and answer.first_token_s is None
+    assert tiny.memory_mb is not None and 0 < tiny.answer([prompt("a", 4)])[0].first_token_s
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma3_text"])
+def test_attention_without_copies_is_the_familys_own(family, tiny):
+    """Guards against a family whose heads, scaling or window the quick attention gets wrong, for lone and padded rows."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from slm.models.hf import HFModel
+
+    config = AutoConfig.for_model(
+        family, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(config).eval()
+    model = HFModel.__new__(HFModel)
+    model.tokenizer, model.model, model._batch, model.name, model.memory_mb = tiny.tokenizer, reference, 2, family, 0.0
+    model._ends, model._guide = {2}, None
+    ids = [[5, 6, 7, *range(20, 20 + n)] for n in (1, 9, 4, 30)]
+    want = []
+    for row in ids:
+        out = reference.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)), max_new_tokens=12, do_sample=False)
+        want.append([token for token in out[0, len(row) :].tolist() if token != 2])
+    model._fold()
+    assert model._folds == (family != "gemma3_text")
+    model.tokenizer = Ids(ids)
+    assert [json.loads(a.text) for a in model.answer([prompt(str(n), 12) for n in range(4)])] == want
+    assert [json.loads(model.answer([prompt(str(n), 12)])[0].text) for n in range(4)] == want
+
+
+class Ids:
+    """A tokenizer for which the user's text is the number of a prompt, and a text the list of its tokens."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def apply_chat_template(self, messages, **_):
+        """The number."""
+        return messages[-1]["content"]
+
+    def __call__(self, text, **_):
+        """The prompt of that number."""
+        return {"input_ids": self.ids[int(text)]}
+
+    def decode(self, tokens, **_):
+        """The tokens, as JSON."""
+        return json.dumps(tokens)
 
 
 @pytest.fixture

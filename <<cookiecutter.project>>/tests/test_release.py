@@ -38,12 +38,12 @@ FIGURES = {  # the workflow's, word for word
     },
     "classification": {
         "macro_f1 >= 0.9", "false_positive_rate <= 5%", "false_negative_rate <= 5%",
-        "calibration checked: expected calibration error <= 0.1",
+        "calibration_error <= 10%",
     },
     "rewriting": set(),
 }  # fmt: skip
 DEFAULT = {
-    "primary_metric (field_f1) >= 0.9", "schema_validity >= 99%", "critical failures on golden == 0", "p95 <= 2 s",
+    "primary_metric (field_f1 >= 0.9)", "schema_validity >= 99%", "critical failures on golden == 0", "p95 <= 2 s",
     "<= 0.1 USD per 1,000 requests", "eval report reviewed", "model card written", "dataset version recorded",
     "no severe safety regression: on adversarial, not worse than the base or the prompted base",
 }  # fmt: skip
@@ -89,11 +89,14 @@ def settings(tmp_path, monkeypatch):
         write_rows(tmp_path / f"data/eval/{name}.jsonl", ticket_rows(n, name))
     write_rows(tmp_path / "data/raw/seed.jsonl", ticket_rows(20, "seed"))
     monkeypatch.setattr("slm.models.student", lambda settings, adapter=None: double(0.2))
+    monkeypatch.setattr("slm.report.plots._save", lambda figure, path: write_text(path, "drawn in test_report"))
     return made
 
 
 def made_at(root, run_id: str = "dev", **sections) -> Settings:
-    evaluate = {"resamples": 300, "latency_requests": 2, "fewshot": 2, "constrained": False} | sections.pop("evaluate", {})
+    evaluate = {"resamples": 300, "latency_requests": 2, "fewshot": 2, "constrained": False} | sections.pop(
+        "evaluate", {}
+    )
     made = Settings.model_validate({"evaluate": evaluate, "run_id": run_id, **sections})
     made._root = root
     return made
@@ -159,7 +162,9 @@ def test_the_gates_are_the_workflows_figures_for_each_task_type(settings, task_t
 def test_thresholds_come_from_the_settings_and_stand_beside_the_value(settings):
     """Guards against a figure of project.yaml that no gate reads."""
     report = run_06(settings, double(0.9))
-    loose = made_at(settings.root, gates={"critical_field_accuracy": 0.5, "schema_validity": 0.9, "critical_failures": 30})
+    loose = made_at(
+        settings.root, gates={"critical_field_accuracy": 0.5, "schema_validity": 0.9, "critical_failures": 30}
+    )
     gates = release.gates(loose, report)
     gate = named(gates, "critical_field_accuracy")
     assert (gate.status, gate.threshold, gate.rule) == ("pass", 0.5, "critical_field_accuracy >= 50%")
@@ -257,22 +262,25 @@ def test_the_file_that_ships_is_judged_beside_the_adapter(settings):
     assert named(release.gates(settings, report), "latency").status == "pass"  # not chosen by 08
     write_json(settings.path("outputs/gguf/dev/export.json"), {"chosen": "q4_k_m"})
     found = {g.name: g for g in release.gates(settings, report)}
-    assert found["latency"].status == "fail" and found["latency"].note == "q4_k_m, the file that ships"
+    assert found["latency"].status == "fail" and found["latency"].measured == "q4_k_m 2.50 s"
+    assert found["latency"].note == "the file that ships" and found["cost"].status == "not run"
     assert found["schema_validity"].status == "fail" and found["schema_validity"].rows == ["dev-1", "dev-2", "dev-3"]
     assert "q4_k_m 0.950" in found["schema_validity"].measured
-    assert found["regression_on_golden_set"].rows == ["golden-7"] and "(q4_k_m)" in found["regression_on_golden_set"].measured
+    assert found["regression_on_golden_set"].rows == ["golden-7"]
+    assert found["regression_on_golden_set"].measured == "0 of 30 rows; q4_k_m 1 of 30 rows"
 
 
 def test_calibration_is_checked_where_there_are_probabilities(settings):
     """Planted: an overconfident classifier; and answers without probabilities, which decide nothing."""
     report = run_06(settings)
     report["contract"]["task_type"] = "classification"
-    assert named(release.gates(settings, report), "calibration").status == "not run"
-    report["results"]["dev"]["fine_tuned"]["calibration"] = {"ece": 0.31, "brier": 0.3, "n": 60, "bins": []}
-    gate = named(release.gates(settings, report), "calibration")
+    assert named(release.gates(settings, report), "calibration_error").status == "not run"
+    metrics = report["results"]["dev"]["fine_tuned"]["metrics"]
+    metrics["ece"] = {"value": 0.31, "low": 0.2, "high": 0.4, "n": 60}
+    gate = named(release.gates(settings, report), "calibration_error")
     assert (gate.status, gate.value, gate.threshold) == ("fail", 0.31, 0.1)
-    report["results"]["dev"]["fine_tuned"]["calibration"]["ece"] = 0.04
-    assert named(release.gates(settings, report), "calibration").status == "pass"
+    metrics["ece"]["value"] = 0.04
+    assert named(release.gates(settings, report), "calibration_error").status == "pass"
 
 
 # Review, release, refusals
@@ -299,10 +307,14 @@ def test_a_release_is_recorded_once_with_the_hashes_of_all_it_rests_on(settings)
     mine = releasable(settings.root)
     record = release.release(mine, "r1", check(mine, "r1"))
     file = release.report_file(mine, "r1")
-    assert record["report"] == registry.file_hash(file) and record["reviewer"] == "Ada" and record["previous"] is None
-    assert record["dataset_version"] == "abc123" and record["sets"] == {
-        name: registry.file_hash(mine.path(f"data/eval/{name}.jsonl")) for name in ("dev", "golden", "adversarial")
-    }
+    assert (
+        record["report"] == registry.file_hash(file)
+        and record["gates"]["eval_report_reviewed"] == "by Ada"
+        and record["previous"] is None
+    )
+    assert record["dataset_version"] == "abc123" and {
+        name: facts["hash"] for name, facts in record["sets"].items()
+    } == {name: registry.file_hash(mine.path(f"data/eval/{name}.jsonl")) for name in ("dev", "golden", "adversarial")}
     assert release.release(mine, "r1", check(mine, "r1")) == record
     assert sum(r["stage"] == "release" for r in registry.read(mine, "runs")) == 1
 
@@ -318,7 +330,7 @@ def test_a_failed_gate_is_not_released(settings):
 def test_a_part_of_the_rows_is_not_enough_for_a_release(settings):
     """Planted: an evaluation of 40 dev rows that passes every gate."""
     mine = releasable(settings.root, evaluate={"limit": 40})
-    with pytest.raises(SlmError, match="40 of 60 rows of dev"):
+    with pytest.raises(SlmError, match="r1: 40 of 60 rows of dev were evaluated"):
         release.release(mine, "r1", check(mine, "r1"))
 
 
@@ -335,14 +347,16 @@ def test_another_file_than_the_proven_one_is_not_released(settings):
 
 
 def test_a_changed_set_a_retrained_model_and_an_absent_report_are_refused(settings):
-    """Planted: another dataset version trained under the same run id, then golden.jsonl edited after the evaluation."""
+    """Planted: trained again under the same run id, on other rows and on the same; then golden.jsonl edited."""
     mine = releasable(settings.root)
     with pytest.raises(SlmError, match="run other has no evaluation report"):
         check(mine, "other")
     trained(mine, "def456")
-    with pytest.raises(SlmError, match="about dataset version abc123, its adapter is now trained on def456"):
+    with pytest.raises(SlmError, match="about dataset version abc123, its adapter was trained again since, on def456"):
         check(mine, "r1")
     trained(mine)
+    with pytest.raises(SlmError, match="trained again since, on abc123"):
+        check(mine, "r1")
     file = mine.path("data/eval/golden.jsonl")
     file.write_text(file.read_text().replace("golden message 3", "golden message three"))
     with pytest.raises(SlmError, match="golden.jsonl: changed"):
@@ -386,7 +400,7 @@ def test_no_diff_is_made_with_other_rows_or_changed_scores(settings):
     write_rows(first.path("data/eval/golden.jsonl"), ticket_rows(31, "golden"))
     first.path("data/eval/lock.json").unlink()
     second = releasable(settings.root, "r2")
-    with pytest.raises(SlmError, match=r"golden.*in run r2.*in run r1"):
+    with pytest.raises(SlmError, match="golden.jsonl .* in run r2, .* in run r1"):
         release.golden_diff(second, "r2", record)
     assert "in run r1" in named(check(second, "r2"), "regression_on_golden_set").note
     old = candidate.scores_file(first, "r1")
@@ -425,6 +439,7 @@ def test_test_is_opened_only_for_the_final_test_and_every_look_is_counted(settin
 
 def test_other_seeds_are_runs_that_differ_in_the_seed_alone(settings):
     """Guards against a mean over seeds that mixes in another recipe, other rows or another base."""
+
     def run(run_id, dataset="abc123", **train):
         return trained(made_at(settings.root, run_id, train=train), dataset)
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from slm.contract import Contract
 
@@ -14,43 +15,32 @@ def label_confidence(contract: Contract, answer, value: dict | None) -> float | 
     """The probability that the model gave its label, from the log probabilities of the pieces that overlap the label's
     value in the text, its closing quote included ("bill" is no "billing"). None without pieces or without a label."""
     label = contract.label(value)
-    if label is None or not answer.pieces:
+    said = json.dumps(label, ensure_ascii=False).removeprefix('"')
+    places = re.finditer(rf'"{re.escape(contract.label_field or "")}"\s*:\s*"?', answer.text)
+    start = next((m.end() for m in places if answer.text.startswith(said, m.end())), None)
+    if label is None or start is None or not answer.pieces:
         return None
-    for match in re.finditer(rf'"{re.escape(contract.label_field)}"\s*:\s*', answer.text):
-        try:
-            found, end = json.JSONDecoder().raw_decode(answer.text, match.end())
-        except ValueError:
-            continue
-        if found == label:
-            break
-    else:
-        return None
-    start, at, total = match.end() + isinstance(label, str), 0, 0.0
-    for text, logprob in answer.pieces:
-        if at < end and at + len(text) > start:
-            total += logprob
-        at += len(text)
-    return min(1.0, math.exp(total))
+    ends = accumulate(len(text) for text, _ in answer.pieces)
+    pieces = ((end - len(text), end, logprob) for (text, logprob), end in zip(answer.pieces, ends, strict=True))
+    return min(1.0, math.exp(sum(p for begin, end, p in pieces if begin < start + len(said) and end > start)))
 
 
-def sureness(scores: Sequence, contract: Contract) -> tuple[list[float], list[bool]]:
-    """Confidence and whether the label was right, of the answers that carry a confidence."""
+def sureness(scores: Sequence, contract: Contract):
+    """Two arrays: the confidence of the answers that carry one, and whether their label was right."""
+    import numpy as np
+
     sure = [s for s in scores if s.confidence is not None]
-    return [s.confidence for s in sure], [contract.label(s.lenient_parsed) == contract.label(s.expected) for s in sure]
+    right = [contract.label(s.lenient_parsed) == contract.label(s.expected) for s in sure]
+    return np.array([s.confidence for s in sure], dtype=float), np.array(right, dtype=float)
 
 
-def ece_statistic(confidence: Sequence[float], right: Sequence[bool]) -> Callable:
+def ece_statistic(sure, right) -> Callable:
     """A function from row numbers (draws, n) to the expected calibration error of each draw (draws,): the gap between
     mean confidence and accuracy in ten bins of equal width, weighted by their rows (Naeini et al. 2015)."""
     import numpy as np
 
-    gap, bins = np.array(confidence) - np.array(right, dtype=float), _bins(confidence)
-
-    def statistic(rows):
-        hot = bins[rows][..., None] == np.arange(BINS)
-        return np.abs((gap[rows][..., None] * hot).sum(1)).sum(1) / rows.shape[1]
-
-    return statistic
+    gap, bins = sure - right, bins_of(sure)
+    return lambda rows: sum(abs((gap[rows] * (bins[rows] == b)).sum(1)) for b in np.unique(bins)) / rows.shape[1]
 
 
 def reliability(scores: Sequence, contract: Contract) -> dict:
@@ -58,22 +48,19 @@ def reliability(scores: Sequence, contract: Contract) -> dict:
     the mean squared gap between confidence and right or wrong (Brier 1950)."""
     import numpy as np
 
-    sure, right = map(np.array, sureness(scores, contract))
+    sure, right = sureness(scores, contract)
     if not len(sure):
         return {}
-    own, found = _bins(sure), []
-    for b in range(BINS):
-        here = own == b
-        mean, hit = (float(x[here].mean()) if here.any() else None for x in (sure, right))
-        found.append(
-            {"low": b / BINS, "high": (b + 1) / BINS, "confidence": mean, "accuracy": hit, "n": int(here.sum())}
-        )
+    empty = {"confidence": None, "accuracy": None, "n": 0}
+    found = [{"low": b / BINS, "high": (b + 1) / BINS, **empty} for b in range(BINS)]
+    for b in np.unique(bins_of(sure)):
+        here = bins_of(sure) == b
+        mean, hit = float(sure[here].mean()), float(right[here].mean())
+        found[b] |= {"confidence": mean, "accuracy": hit, "n": int(here.sum())}
     ece = float(ece_statistic(sure, right)(np.arange(len(sure))[None])[0])
     return {"ece": ece, "brier": float(((sure - right) ** 2).mean()), "n": len(sure), "bins": found}
 
 
-def _bins(confidence):
+def bins_of(sure):
     """The number of each confidence's bin; 1.0 belongs to the last."""
-    import numpy as np
-
-    return np.minimum((np.asarray(confidence) * BINS).astype(int), BINS - 1)
+    return (sure * BINS).astype(int).clip(max=BINS - 1)

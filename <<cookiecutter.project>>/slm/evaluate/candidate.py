@@ -89,7 +89,7 @@ def open_model(settings, path: str):
         raise SlmError("--model: name an adapter folder or a .gguf file.")
     file = settings.path(path)
     if file.suffix == ".gguf":
-        return LlamaCppModel(file, context=settings.evaluate.context)
+        return LlamaCppModel(file, context=settings.evaluate.context, slots=settings.evaluate.slots)
     if not file.is_dir():
         raise SlmError(f"{path}: there is no such adapter folder or .gguf file; train first (05_train).")
     return models.student(settings, file)

@@ -43,25 +43,26 @@ class Comparison(BaseModel):
 
 
 def compare_results(candidate: Result, baseline: Result, contract: Contract, settings) -> Comparison:
-    """Compare two Results, as `paired` does their scores. Raises SlmError when one was not run, or when they stand on
-    another version of a set or another contract."""
-    _same(contract, candidate, baseline)
+    """Compare two Results, as `paired` does their scores. Raises SlmError when one was not run, or they stand on other
+    versions of a set or a contract."""
+    alike([candidate, baseline], contract.schema_hash)
     found = paired(candidate.scores, baseline.scores, contract, settings)
     return found.model_copy(update={"mixed": candidate.constrained != baseline.constrained})
 
 
-def _same(contract: Contract, *results: Result) -> None:
+def alike(results: Sequence[Result], contract_hash: str) -> None:
+    """Raises SlmError unless all were run, on one version of one set, under this version of the contract."""
     first = results[0]
     for other in results:
-        a, b = f"{first.name} on {first.set}", f"{other.name} on {other.set}"
+        names = f"{first.name} on {first.set} and {other.name} on {other.set}"
         if not other.ran:
-            raise SlmError(f"{b} was not run ({other.reason}), so there is nothing to compare.")
+            raise SlmError(f"{other.name} on {other.set} was not run ({other.reason}): there is nothing to compare.")
         if (first.set, first.set_hash) != (other.set, other.set_hash):
-            hashes = f"{first.set_hash[:12] or 'no hash'} against {other.set_hash[:12] or 'no hash'}"
-            raise SlmError(f"{a} and {b} were measured on different rows ({hashes}); run both on today's set.")
-        if {first.contract_hash, other.contract_hash} != {contract.schema_hash}:
-            hashes = f"{first.contract_hash} and {other.contract_hash}, today's is {contract.schema_hash}"
-            raise SlmError(f"{a} and {b} were not both measured under today's contract ({hashes}); run both again.")
+            hashes = f"{first.set_hash[:12] or 'no hash'} and {other.set_hash[:12] or 'no hash'}"
+            raise SlmError(f"{names}: measured on different rows ({hashes}); run both again on today's set.")
+        if {first.contract_hash, other.contract_hash} != {contract_hash}:
+            hashes = f"{first.contract_hash} and {other.contract_hash}, now {contract_hash}"
+            raise SlmError(f"{names}: measured under different contracts ({hashes}); run both again.")
 
 
 def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Contract, settings) -> Comparison:
@@ -82,7 +83,7 @@ def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Cont
         if x.expected != y.expected:
             raise SlmError(f"row {x.row_id}: its expected answer changed between the two runs; run 02_baseline again.")
     n = len(a)
-    stat_a, stat_b = primary_statistic(a, contract), primary_statistic(b, contract)
+    stat_a, stat_b = (primary_statistic(scores, contract.primary_metric) for scores in (a, b))
     whole, draws = np.arange(n)[None], resample(n, settings.evaluate.resamples)
     value_a, value_b = float(stat_a(whole)[0]), float(stat_b(whole)[0])
     fixed = [x.row_id for x, y in zip(a, b, strict=True) if x.exact and not y.exact]
@@ -95,52 +96,35 @@ def paired(candidate: Sequence[Score], baseline: Sequence[Score], contract: Cont
 
 
 def gap_closed(tuned: Result, base: Result, larger: Result, contract: Contract, settings) -> Metric | None:
-    """(tuned - base) / (larger - base) in the primary metric, with its paired bootstrap interval: 1 is as good as the
-    larger model. None when the larger model is not shown to be better than the base: then there is no gap to close.
-    Raises SlmError when the three do not stand on the same rows."""
+    """(tuned - base) / (larger - base) in the primary metric with its paired bootstrap interval; 1: as good as the
+    larger model. None when the larger one is not shown to be better than the base: there is no gap to close. Raises
+    SlmError when the three do not stand on the same rows."""
     import numpy as np
 
     if compare_results(larger, base, contract, settings).outcome != "better":
         return None
     compare_results(tuned, base, contract, settings)
-    order = [s.row_id for s in tuned.scores]
-    rows = [sorted(r.scores, key=lambda s: order.index(s.row_id)) for r in (tuned, base, larger)]
-    n, (t, b, g) = len(order), (primary_statistic(scores, contract) for scores in rows)
-
-    def share(draws):
-        gap = g(draws) - b(draws)
-        return ((t(draws) - b(draws)) / np.where(gap, gap, np.nan))[gap != 0]
-
-    draws = resample(n, settings.evaluate.resamples)
-    return percentile(float(share(np.arange(n)[None])[0]), share(draws), settings.evaluate.confidence, n)
+    by_id = ({s.row_id: s for s in r.scores} for r in (tuned, base, larger))
+    ids, n = [s.row_id for s in tuned.scores], len(tuned.scores)
+    t, b, g = (primary_statistic([own[i] for i in ids], contract.primary_metric) for own in by_id)
+    whole, draws = np.arange(n)[None], resample(n, settings.evaluate.resamples)
+    draws = draws[g(draws) > b(draws)]
+    value, found = ((t(rows) - b(rows)) / (g(rows) - b(rows)) for rows in (whole, draws))
+    return percentile(float(value[0]), found, settings.evaluate.confidence, n)
 
 
 def seeds(results: Sequence[Result], confidence: float = 0.95) -> Metric:
-    """The mean of the primary metric over runs that differ in their seed alone, with its t interval (n: runs). It says
-    how far training varies; one run has that run's own interval. Raises SlmError when they stand on different rows."""
+    """The mean of the primary metric over runs that differ in their seed alone, with its t interval (n: runs), which
+    says how far training varies; one run has its own interval. Raises SlmError when they stand on different rows."""
     import numpy as np
     from scipy.stats import sem, t
 
-    first, values = results[0], [next(iter(r.metrics.values())).value for r in results]
-    for other in results:
-        if (first.set, first.set_hash, first.contract_hash) != (other.set, other.set_hash, other.contract_hash):
-            raise SlmError(
-                f"{first.fingerprint} and {other.fingerprint}: these runs were measured on different sets or contracts."
-            )
+    alike(results, results[0].contract_hash)
+    values = [next(iter(r.metrics.values())).value for r in results]
     if len(values) == 1 or np.ptp(values) == 0:
-        return next(iter(first.metrics.values()))
+        return next(iter(results[0].metrics.values()))
     mean, reach = float(np.mean(values)), float(t.ppf((1 + confidence) / 2, len(values) - 1) * sem(values))
     return Metric(value=mean, low=max(0.0, mean - reach), high=min(1.0, mean + reach), n=len(values))
-
-
-def holm(comparisons: dict[str, Comparison]) -> dict[str, float]:
-    """The McNemar p-values of several comparisons, adjusted for their number (Holm 1979)."""
-    from statsmodels.stats.multitest import multipletests
-
-    if not comparisons:
-        return {}
-    adjusted = multipletests([c.mcnemar_p for c in comparisons.values()], method="holm")[1]
-    return dict(zip(comparisons, map(float, adjusted), strict=True))
 
 
 def detectable_difference(n: int, spread: float = 0.4, confidence: float = 0.95, power: float = 0.8) -> float:

@@ -10,42 +10,12 @@ from pydantic import BaseModel, ConfigDict
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.calibration import ece_statistic, reliability, sureness
-from slm.evaluate.scorers import Score, answer_rows, prompt_messages, row_metric
+from slm.evaluate.scorers import NO_ANSWER, Score, answer_rows, metric_names, prompt_messages
 from slm.registry import file_hash
 from slm.rows import DIFFICULTIES, Row, explain
 
-NO_ANSWER = "(unreadable)"
-COMMON = (
-    "exact_match", "lenient_exact_match", "schema_validity", "schema_error_rate", "lenient_schema_validity", "error_rate",
-    "endless_rate", "echo_rate",
-)  # fmt: skip
-FIELDWISE = (
-    "field_f1",
-    "field_precision",
-    "field_recall",
-    "field_micro_f1",
-    "critical_field_accuracy",
-    "exact_key_match",
-)
-BY_TYPE = {
-    "extraction": (*FIELDWISE, "record_parse_rate"),
-    "json_generation": (*FIELDWISE, "json_parse_rate", "record_parse_rate"),
-    "tool_calling": (
-        "tool_name_accuracy", "required_argument_accuracy", "argument_f1", "argument_accuracy", "json_parse_rate",
-        "unsafe_tool_call_rate", "executable_success",
-    ),
-    "classification": ("json_parse_rate", "false_positive_rate", "false_negative_rate"),
-    "rewriting": ("constraint_pass_rate", "rubric_score"),
-    "qa": ("answer_correctness", "answer_f1", "citation_support", "citation_recall", "hallucination_rate"),
-    "review": (
-        "issue_f1", "issue_precision", "issue_recall", "false_positive_rate", "severity_accuracy", "severity_error",
-        "severity_bias",
-    ),
-    "planning": ("step_validity", "step_recall", "tool_sequence_accuracy", "execution_success"),
-    "safety": ("violation_recall", "false_refusal_rate", "jailbreak_resistance"),
-}  # fmt: skip
-FEW_ENDLESS = 0.05  # more answers than this that hit max_new_tokens, or repeat the prompt, get a warning
 SLICES = ("category", "kind", "difficulty", "language")
+MUCH = 0.05  # a larger share of answers that are cut off, or repeat the prompt, gets a warning
 
 
 class Metric(BaseModel):
@@ -107,22 +77,20 @@ def read_results(file: Path, stage: str) -> list[Result]:
 
 def interval(
     values: Sequence[float], resamples: int, confidence: float, seed: int = 0, weights: Sequence[float] | None = None
-) -> Metric:
+) -> Metric:  # fmt: skip
     """Mean of per-row values: Wilson's interval for 0/1 values, else the percentile bootstrap over rows. With `weights`
-    (all above 0) sum(values) / sum(weights): a micro average. Without any spread the bootstrap would claim certainty;
-    Wilson's interval, the wider one, is taken then. Source: Wilson 1927 (statsmodels proportion_confint); Efron 1979."""
+    (all above 0) sum(values) / sum(weights), a micro average. Without any spread the bootstrap would claim certainty,
+    and Wilson's interval, the wider one, is taken. Source: Wilson 1927 (statsmodels proportion_confint); Efron 1979."""
     import numpy as np
     from statsmodels.stats.proportion import proportion_confint
 
-    data, whole = (
-        np.asarray(values, dtype=float),
-        np.asarray([1.0] * len(values) if weights is None else weights, dtype=float),
-    )
-    n = len(data)
+    data, n = np.asarray(values, dtype=float), len(values)
+    whole = np.ones(n) if weights is None else np.asarray(weights, dtype=float)
     if n == 0:
         return Metric(value=0.0, low=0.0, high=1.0, n=0)
-    mean, single = float(data.sum() / whole.sum()), data / whole
-    if 0 <= mean <= 1 and ((np.isin(data, (0.0, 1.0)).all() and (whole == 1).all()) or np.ptp(single) == 0):
+    mean = float(data.sum() / whole.sum())
+    yes_or_no = np.isin(data, (0.0, 1.0)).all() and (whole == 1).all()
+    if 0 <= mean <= 1 and (yes_or_no or np.ptp(data / whole) == 0):
         low, high = proportion_confint(mean * n, n, alpha=1 - confidence, method="wilson")
         return Metric(value=mean, low=min(float(low), mean), high=max(float(high), mean), n=n)
     rows = resample(n, resamples, seed)
@@ -137,37 +105,28 @@ def resample(n: int, resamples: int, seed: int = 0):
 
 
 def percentile(value: float, draws, confidence: float, n: int) -> Metric:
-    """A value with the percentile interval of its bootstrap draws."""
+    """A value with the percentile interval of its bootstrap draws, which holds the value itself."""
     import numpy as np
 
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Metric(value=float(value), low=float(low), high=float(high), n=n)
+    return Metric(value=float(value), low=min(float(low), value), high=max(float(high), value), n=n)
 
 
-def labels(scores: Sequence[Score], contract: Contract) -> tuple[list[str], list[str]]:
-    """Expected and given labels, row by row; an answer that breaks the contract gives `NO_ANSWER`."""
-    want = [str(contract.label(s.expected)) for s in scores]
-    got = [NO_ANSWER if s.parsed is None else str(contract.label(s.parsed)) for s in scores]
-    return want, got
-
-
-def parts(scores: Sequence[Score], contract: Contract, name: str):
-    """A metric's shares as two arrays, sum(first) / sum(second) being its value; 0 and 0 where a row says nothing."""
+def parts(scores: Sequence[Score], name: str):
+    """A metric's shares as two arrays, sum(first) / sum(second) being its value; 0 and 0 where a row says nothing.
+    Scores without shares give the value of each row."""
     import numpy as np
 
-    shares = [row_metric(name)(score, contract) for score in scores]
-    pairs = [s if isinstance(s, tuple) else (0.0, 0.0) if s is None else (s, 1.0) for s in shares]
-    return np.array(pairs, dtype=float).reshape(-1, 2).T
+    shares = [s.shares.get(name, (0.0, 0.0) if s.shares else s.value) for s in scores]
+    return np.array([s if isinstance(s, tuple) else (s, 1.0) for s in shares], dtype=float).reshape(-1, 2).T
 
 
-def primary_statistic(scores: Sequence[Score], contract: Contract) -> Callable:
+def primary_statistic(scores: Sequence[Score], name: str) -> Callable:
     """A function from row numbers (draws, n) to the primary metric of each draw (draws,)."""
-    import numpy as np
-
-    if contract.primary_metric in TABLES:
-        return table_statistic(*labels(scores, contract), contract.primary_metric)
-    hits, whole = parts(scores, contract, contract.primary_metric)
-    return lambda rows: hits[rows].sum(axis=1) / np.maximum(whole[rows].sum(axis=1), 1e-12)
+    if name in TABLES and all(s.labels for s in scores):
+        return table_statistic([s.labels for s in scores], name)
+    hits, whole = parts(scores, name)
+    return lambda rows: hits[rows].sum(axis=1) / whole[rows].sum(axis=1).clip(1e-12)
 
 
 # Metrics that need the whole confusion matrix: functions of hits, expected and given counts, each (draws, classes). The
@@ -179,118 +138,93 @@ TABLES: dict[str, Callable] = {
 }
 
 
-def table_statistic(want: list[str], got: list[str], name: str = "macro_f1") -> Callable:
-    """A function from row numbers (draws, n) to a metric of TABLES of each draw (draws,)."""
+def table_statistic(labels: Sequence[tuple[str, str]], name: str = "macro_f1") -> Callable:
+    """A function from row numbers (draws, n) to a metric of TABLES of each draw (draws,). `labels`: expected, given."""
     import numpy as np
 
-    names = sorted({*want, *got})
+    names = sorted({label for pair in labels for label in pair})
     k, code = len(names), {label: i for i, label in enumerate(names)}
-    cells = np.array([code[w] * k + code[g] for w, g in zip(want, got, strict=True)])
+    cells = np.array([code[want] * k + code[got] for want, got in labels])
 
     def statistic(rows):
-        found = []
-        for part in np.array_split(rows, -(-len(rows) // 100)):
-            flat = cells[part] + np.arange(len(part))[:, None] * k * k
-            table = np.bincount(flat.ravel(), minlength=len(part) * k * k).reshape(-1, k, k)
-            want, got, hit = table.sum(2), table.sum(1), np.diagonal(table, axis1=1, axis2=2)
-            there = want > 0
-            found.append((TABLES[name](hit, want, got) * there).sum(1) / there.sum(1))
-        return np.concatenate(found)
+        flat = cells[rows] + np.arange(len(rows))[:, None] * k * k
+        table = np.bincount(flat.ravel(), minlength=len(rows) * k * k).reshape(-1, k, k)
+        want, got, hit = table.sum(2), table.sum(1), np.diagonal(table, axis1=1, axis2=2)
+        return (TABLES[name](hit, want, got) * (want > 0)).sum(1) / (want > 0).sum(1)
 
     return statistic
 
 
-def metric_names(contract: Contract) -> list[str]:
-    """The metrics that are reported for a contract, the primary one first."""
-    named = ["accuracy", "macro_f1"] if contract.label_field else []
-    return list(dict.fromkeys([contract.primary_metric, *COMMON, *BY_TYPE.get(contract.task_type, ()), *named]))
-
-
 def measure(scores: Sequence[Score], contract: Contract, settings) -> dict[str, Metric]:
-    """Every metric of the contract's task type, `constraint.<name>` for each constraint and `field.<name>` for each
-    field, and `ece` and `brier` where answers carry probabilities; with intervals. A metric that no row says anything
-    about is left out."""
+    """Every metric of the contract's task type, the primary one first; `constraint.<name>` and `field.<name>`; `ece`
+    and `brier` where answers carry probabilities; with intervals. What no row says anything about is left out."""
     import numpy as np
 
-    resamples, confidence, n = settings.evaluate.resamples, settings.evaluate.confidence, len(scores)
-    # Without a null label the rates of a classification are the mean over its classes.
-    tables = {"macro_f1"} | ({"false_positive_rate", "false_negative_rate"} if contract.null_label is None else set())
-    tables = tables & TABLES.keys() if contract.label_field else set()
-    found: dict[str, Metric] = {}
+    resamples, confidence, found = settings.evaluate.resamples, settings.evaluate.confidence, {}
 
-    def over_all(name: str, statistic: Callable, n: int) -> None:
+    def over_all(statistic: Callable, n: int) -> Metric:
         value, draws = float(statistic(np.arange(n)[None])[0]), statistic(resample(n, resamples))
-        # No spread is no certainty, see `interval`.
-        found[name] = (
-            percentile(value, draws, confidence, n) if np.ptp(draws) else interval([value] * n, resamples, confidence)
-        )
+        if not np.ptp(draws):  # no spread is no certainty
+            return interval([value] * n, resamples, confidence)
+        return percentile(value, draws, confidence, n)
 
-    own = [name for name in dict.fromkeys(n for s in scores for n in s.shares) if name.startswith("constraint.")]
-    for name in [*metric_names(contract), *own] if n else []:
-        if name in tables:
-            over_all(name, table_statistic(*labels(scores, contract), name), n)
-            continue
-        hits, whole = parts(scores, contract, name)
-        if whole.any():
+    constraints = dict.fromkeys(n for s in scores for n in s.shares if n.startswith("constraint."))
+    for name in [*metric_names(contract), *constraints] if scores else []:
+        hits, whole = parts(scores, name)
+        # Without a null label, false positives and negatives are each class against the rest.
+        if contract.label_field and name in TABLES and (name == "macro_f1" or contract.null_label is None):
+            found[name] = over_all(table_statistic([s.labels for s in scores], name), len(scores))
+        elif whole.any():
             found[name] = interval(hits[whole > 0], resamples, confidence, weights=whole[whole > 0])
     for name in dict.fromkeys(n for s in scores for n in s.fields):
         right = [float(s.fields[name]) for s in scores if name in s.fields]
         found[f"field.{name}"] = interval(right, resamples, confidence)
     sure, right = sureness(scores, contract)
-    if sure:
-        over_all("ece", ece_statistic(sure, right), len(sure))
-        found["brier"] = interval([(c - r) ** 2 for c, r in zip(sure, right, strict=True)], resamples, confidence)
+    if len(sure):
+        found["ece"] = over_all(ece_statistic(sure, right), len(sure))
+        found["brier"] = interval((sure - right) ** 2, resamples, confidence)
     return found
 
 
-def by_slice(
-    scores: Sequence[Score], rows: Sequence[Row], contract: Contract, settings
-) -> dict[str, dict[str, Metric]]:
+def by_slice(scores: Sequence[Score], rows: Sequence[Row], contract: Contract, settings) -> dict[str, dict]:
     """The primary metric by category, kind, difficulty and language: {"kind": {"boundary": Metric}}."""
-    result, (hits, whole), own = {}, parts(scores, contract, contract.primary_metric), settings.evaluate
+    import numpy as np
+
+    result, (hits, whole), own = {}, parts(scores, contract.primary_metric), settings.evaluate
     for key in SLICES:
-        groups: dict[str, list[int]] = {}
-        for i, row in enumerate(rows):
-            if whole[i]:
-                groups.setdefault(str(getattr(row.meta, key)), []).append(i)
-        names = [d for d in DIFFICULTIES if d in groups] if key == "difficulty" else sorted(groups)
-        result[key] = {
-            n: interval(hits[groups[n]], own.resamples, own.confidence, weights=whole[groups[n]]) for n in names
-        }
+        names = np.array([str(getattr(row.meta, key)) for row in rows])
+        order = [d for d in DIFFICULTIES if d in names] if key == "difficulty" else sorted(set(names.tolist()))
+        of = {name: (names == name) & (whole > 0) for name in order}
+        how = {"resamples": own.resamples, "confidence": own.confidence}
+        result[key] = {name: interval(hits[i], weights=whole[i], **how) for name, i in of.items() if i.any()}
     return result
 
 
-def suspicions(scores: Sequence[Score], contract: Contract) -> list[str]:
+def suspicions(scores: Sequence[Score]) -> list[str]:
     """What makes a result doubtful, a sentence each: collapse, echo, endless generation, failed requests."""
     n, found = len(scores), []
-    expected = Counter(str(contract.label(s.expected)) for s in scores)
-    given = Counter(
-        str(contract.label(s.lenient_parsed)) for s in scores if contract.label(s.lenient_parsed) is not None
-    )
-    label, count = given.most_common(1)[0] if given else ("", 0)
+    expected, given = (Counter(s.labels[i] for s in scores if s.labels) for i in (0, 1))
+    label, count = max(given.items(), key=lambda item: (item[0] != NO_ANSWER, item[1]), default=("", 0))
     if n > 1 and len({s.text for s in scores}) == 1 and len({json.dumps(s.expected) for s in scores}) > 1:
         found.append(f"collapse: one and the same output for all {n} rows, {scores[0].text[:60]!r}.")
-    elif len(expected) > 1 and count / n > max(0.9, 1.5 * expected[label] / n):
+    elif count > max(0.9 * n, 1.5 * expected[label]):
         found.append(f"collapse: the label {label} on {count} of {n} rows; {expected[label]} rows have it.")
     for name, text in (
-        ("echo_rate", "echo: {} of {} answers repeat the prompt or stand in it."),
-        ("endless_rate", "endless: {} of {} answers did not stop before evaluate.max_new_tokens; they are cut off."),
-        ("error_rate", "errors: {} of {} requests failed and count as wrong; the score is that of the endpoint too."),
+        ("echo_rate", "echo: {} of {} answers repeat the prompt, or a part of it, and nothing else."),
+        ("endless_rate", "endless: {} of {} answers did not stop within evaluate.max_new_tokens and are cut off."),
+        ("error_rate", "errors: {} of {} requests failed and count as wrong."),
     ):
-        bad = int(parts(scores, contract, name)[0].sum())
-        if bad > (0 if name == "error_rate" else FEW_ENDLESS * n):
+        bad = int(parts(scores, name)[0].sum())
+        if bad > (0 if name == "error_rate" else MUCH * n):
             found.append(text.format(bad, n))
     return found
 
 
-def confusion(scores: Sequence[Score], contract: Contract) -> dict:
-    """{"labels": [...], "counts": [[...]]}: rows are expected labels, columns given ones."""
-    if not contract.label_field:
-        return {}
-    want, got = labels(scores, contract)
-    names = sorted(set(want) | (set(got) - {NO_ANSWER})) + ([NO_ANSWER] if NO_ANSWER in got else [])
-    pairs = Counter(zip(want, got, strict=True))
-    return {"labels": names, "counts": [[pairs[w, g] for g in names] for w in names]}
+def confusion(scores: Sequence[Score]) -> dict:
+    """{"labels": [...], "counts": [[...]]}: rows are expected labels, columns given ones; {} without labels."""
+    pairs = Counter(s.labels for s in scores if s.labels)
+    names = sorted({label for pair in pairs for label in pair}, key=lambda label: (label == NO_ANSWER, label))
+    return {"labels": names, "counts": [[pairs[w, g] for g in names] for w in names]} if pairs else {}
 
 
 def evaluate(
@@ -312,10 +246,11 @@ def evaluate(
     result = Result(
         name=name, set=set, model=model.name, fingerprint=model.fingerprint, contract_hash=contract.schema_hash,
         set_hash=file_hash(file) if file.is_file() else "", metrics=measure(scores, contract, settings),
-        slices=by_slice(scores, rows, contract, settings), confusion=confusion(scores, contract), scores=scores,
+        slices=by_slice(scores, rows, contract, settings), confusion=confusion(scores), scores=scores,
         constrained=constrained, calibration=reliability(scores, contract),
-        warnings=[] if name == "majority" else suspicions(scores, contract),
-        prompt_tokens=sum(s.prompt_tokens for s in scores) / n, completion_tokens=sum(s.completion_tokens for s in scores) / n,
+        warnings=[] if name == "majority" else suspicions(scores),
+        prompt_tokens=sum(s.prompt_tokens for s in scores) / n,
+        completion_tokens=sum(s.completion_tokens for s in scores) / n,
     )  # fmt: skip
     if latency:
         import numpy as np
@@ -324,17 +259,13 @@ def evaluate(
         picked = rows[::step][: settings.evaluate.latency_requests]
         prompts = [Prompt(prompt_messages(contract, row, shots), most, schema) for row in picked]
         answers = alone(model, prompts, n=len(prompts))
-        waits, firsts = (
-            [a.latency_s for a in answers],
-            [a.first_token_s for a in answers if a.first_token_s is not None],
-        )
-        result.latency_p50_s, result.latency_p95_s, result.latency_p99_s = map(
-            float, np.percentile(waits, [50, 95, 99])
-        )
+        waits, tokens = [a.latency_s for a in answers], sum(a.completion_tokens for a in answers)
+        firsts = [a.first_token_s for a in answers if a.first_token_s is not None]
         result.first_token_s = float(np.median(firsts)) if firsts else None
-        tokens = sum(a.completion_tokens for a in answers)
+        quantiles = map(float, np.percentile(waits, [50, 95, 99]))
+        result.latency_p50_s, result.latency_p95_s, result.latency_p99_s = quantiles
         result.tokens_per_second = tokens / sum(waits) if tokens else None
-        result.memory_mb = getattr(model, "memory_mb", None)  # programs and endpoints have none
+        result.memory_mb = getattr(model, "memory_mb", None)  # a program or an endpoint has none
         result.cost_per_1k_requests = cost_per_1k(settings, result, endpoint)
     return result
 
@@ -346,7 +277,8 @@ def cost_per_1k(settings, result: Result, endpoint=None) -> float | None:
     if endpoint is not None:
         flat = rates.larger_price_per_1m_tokens
         price_in, price_out = endpoint.usd_per_1m_input or flat, endpoint.usd_per_1m_output or flat
-        return 1000 * (result.prompt_tokens * price_in + result.completion_tokens * price_out) / 1e6
+        money = 1000 * (result.prompt_tokens * price_in + result.completion_tokens * price_out) / 1e6
+        return money if price_in or price_out else None
     hosting, rate = rates.hosting_per_month / max(1, settings.task.requests_per_month), rates.serving_hourly_rate
     if rate is None and not (rates.gpu_hourly_rate or hosting):
         return None

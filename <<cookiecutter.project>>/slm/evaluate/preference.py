@@ -8,50 +8,38 @@ from pydantic import BaseModel, ConfigDict
 from slm.contract import Contract, first_object
 from slm.errors import SlmError
 from slm.evaluate.metrics import Metric, interval
-from slm.evaluate.scorers import Score, primary_value
+from slm.evaluate.scorers import Score, mean_share
 from slm.rows import Row
 
-RUBRIC = ("fidelity", "task", "clarity")  # each 1 to 5
-ASK = """You judge answers to this task: {task}
+RUBRIC = ("fidelity", "task", "clarity")
+TASK = """You judge answers to this task: {task}
 Goal: {goal}
 Not acceptable: {faults}
-
-INPUT
-{input}
-
-REFERENCE ANSWER (one good answer among others)
-{reference}
+INPUT: {input}
+REFERENCE (one good answer among others): {reference}
 """
-SCORE = """
-ANSWER
-{answer}
-
-Give whole numbers from 1 (useless) to 5 (nothing to mend): fidelity (nothing added, lost or twisted against the input),
-task (it does what the task asks), clarity (short, plain, no fault of language). Reply with JSON only:
-{{"fidelity": 1, "task": 1, "clarity": 1}}"""
-CHOOSE = """
-ANSWER 1
-{first}
-
-ANSWER 2
-{second}
-
-Which answer does the task better? Order and length do not count. Reply with JSON only: {{"better": 1}}, {{"better": 2}},
-or {{"better": 0}} when neither is better."""
+RATE = """ANSWER: {answer}
+Give whole numbers from 1 (useless) to 5 (nothing to mend): fidelity (nothing added, lost or twisted), task (it does
+what is asked), clarity (short, plain, good language). Reply with JSON only: {{"fidelity": 1, "task": 1, "clarity": 1}}"""
+CHOOSE = """ANSWER 1: {first}
+ANSWER 2: {second}
+Which answer does the task better? Order and length do not count. Reply with JSON only: {{"better": 1}}, {{"better": 2}}
+or, when neither is better, {{"better": 0}}."""
+OUTCOMES = {(1, 2): "wins", (2, 1): "losses"}  # the judge's picks: the candidate stands first, then second
 
 
 class Preference(BaseModel):
     """Candidate against baseline by a judge that saw each pair in both orders. A row is won or lost when both orders
-    agree, else tied; `win_rate` counts a tie as half. `consistency`: rows in which both orders agree; `first_rate`:
-    verdicts for the answer shown first, among those for either; `sign_p`: the exact sign test of wins against losses."""
+    agree, else tied; `win_rate` counts a tie as half. `consistency`: rows in which both orders agree; `first_rate`: the
+    verdicts for the answer shown first, of those for either; `sign_p`: the exact sign test of wins against losses."""
 
     model_config = ConfigDict(extra="forbid")
     judge: str
+    wins: list[str] = []
+    losses: list[str] = []
+    ties: list[str] = []
+    unread: list[str] = []
     win_rate: Metric
-    wins: list[str]
-    losses: list[str]
-    ties: list[str]
-    unread: list[str]
     consistency: Metric
     first_rate: Metric
     sign_p: float
@@ -63,76 +51,66 @@ def judge_model(settings):
     from slm.models import cached
     from slm.models.openai_api import OpenAIModel
 
-    if not settings.evaluate.judge.url:
-        raise SlmError("project.yaml: evaluate.judge is not set; give url and model of the judge.")
     return cached(OpenAIModel(settings.evaluate.judge), settings)
 
 
 def prefer(
     settings, contract: Contract, rows: Sequence[Row], candidate: Sequence[Score], baseline: Sequence[Score], judge=None
-) -> Preference:
-    """Ask the judge which of two answers is better, row by row and in both orders; a reply that cannot be read leaves the
-    row out and is named. A judge that goes by the order is named in `warnings`."""
+) -> Preference:  # fmt: skip
+    """Ask the judge which of two answers is better, row by row and in both orders. Rows with a reply that cannot be
+    read are left out and named; a judge that goes by the order is named in `warnings`."""
     from scipy.stats import binomtest
 
     judge, own = judge or judge_model(settings), settings.evaluate
-    by_id = [{s.row_id: s.text for s in scores} for scores in (candidate, baseline)]
-    pairs = [(by_id[0][row.id], by_id[1][row.id]) for row in rows]
-    texts = [_ask(contract, row) + CHOOSE.format(first=a, second=b) for row, (a, b) in zip(rows, pairs, strict=True)]
-    texts += [_ask(contract, row) + CHOOSE.format(first=b, second=a) for row, (a, b) in zip(rows, pairs, strict=True)]
-    replies = [_number(reply, "better", 0, 2) for reply in _replies(judge, texts)]
-    found: dict[str, list[str]] = {"wins": [], "losses": [], "ties": [], "unread": []}
-    same, picks = [], []
-    for row, one, two in zip(rows, replies[: len(rows)], replies[len(rows) :], strict=True):
-        if one is None or two is None:
-            found["unread"].append(row.id)
-            continue
-        picks += [float(pick == 1) for pick in (one, two) if pick]
-        swapped = {0: 0, 1: 2, 2: 1}[two]  # the second order, said as in the first
-        same.append(float(one == swapped))
-        found["wins" if one == swapped == 1 else "losses" if one == swapped == 2 else "ties"].append(row.id)
-    wins, losses, ties = (len(found[key]) for key in ("wins", "losses", "ties"))
-    result = Preference(
-        judge=judge.name, **found, win_rate=interval([1.0] * wins + [0.5] * ties + [0.0] * losses, own.resamples, own.confidence),
-        consistency=interval(same, own.resamples, own.confidence), first_rate=interval(picks, own.resamples, own.confidence),
-        sign_p=float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0,
-    )  # fmt: skip
-    # Rows whose verdict turned with the order: an even-handed judge takes the first as often as the second there.
-    turned = [(a, b) for a, b in zip(replies[: len(rows)], replies[len(rows) :], strict=True) if a and a == b]
-    first = sum(a == 1 for a, _ in turned)
+    mine, other = ({s.row_id: s.text for s in scores} for scores in (candidate, baseline))
+    orders = [(row, *pair) for pair in ((mine, other), (other, mine)) for row in rows]
+    texts = [_task(contract, row) + CHOOSE.format(first=a[row.id], second=b[row.id]) for row, a, b in orders]
+    picks = [_number(reply, "better", 0, 2) for reply in _replies(judge, texts)]
+    both = {row.id: pair for row, *pair in zip(rows, picks, picks[len(rows) :], strict=False)}
+    read = {row_id: (a, b) for row_id, (a, b) in both.items() if None not in (a, b)}
+    kinds = {row_id: OUTCOMES.get(pair, "ties") for row_id, pair in read.items()}
+    found = {kind: [i for i, own in kinds.items() if own == kind] for kind in ("wins", "losses", "ties")}
+    found["unread"] = [row_id for row_id in both if row_id not in read]
+    won, lost = len(found["wins"]), len(found["losses"])
+    values = {
+        "win_rate": [{"wins": 1.0, "ties": 0.5, "losses": 0.0}[kind] for kind in kinds.values()],
+        "consistency": [float(pair == (0, 0) or pair in OUTCOMES) for pair in read.values()],
+        "first_rate": [float(pick == 1) for pair in read.values() for pick in pair if pick],
+    }
+    # Rows in which the same place won in both orders: an even-handed judge has as many of the first as of the second.
+    turned = [a for a, b in read.values() if a == b != 0]
+    first, warnings = turned.count(1), []
     if turned and binomtest(first, len(turned)).pvalue < 0.05:
         which, count = ("first", first) if 2 * first > len(turned) else ("second", len(turned) - first)
-        result.warnings.append(
-            f"position bias: the judge {judge.name} prefers the answer shown {which}: in {count} of {len(pairs)} rows it "
-            f"took it in both orders. Those rows count as ties."
-        )
+        warnings.append(f"position bias: {judge.name} prefers the answer shown {which}, whichever it is, in {count} of "
+                        f"{len(read)} rows; these count as ties.")  # fmt: skip
     if found["unread"]:
-        result.warnings.append(
-            f"{len(found['unread'])} of {len(rows)} rows: the judge's reply cannot be read; they are left out."
-        )
-    return result
+        warnings.append(f"{len(found['unread'])} of {len(rows)} rows left out: the judge's reply cannot be read.")
+    return Preference(
+        judge=judge.name, **found, **{k: interval(v, own.resamples, own.confidence) for k, v in values.items()},
+        sign_p=float(binomtest(won, won + lost).pvalue) if won + lost else 1.0, warnings=warnings,
+    )  # fmt: skip
 
 
 def add_rubric(settings, contract: Contract, rows: Sequence[Row], scores: Sequence[Score], judge=None) -> None:
-    """Give each score its `rubric_score`: the mean of the judge's three notes, 1 to 5 as 0 to 1. A reply that cannot be
-    read leaves the row without one; an answer that breaks the contract has 0 and is not shown to the judge."""
-    judge, shown = judge or judge_model(settings), [n for n, s in enumerate(scores) if s.parsed is not None]
+    """Give each score its `rubric_score`, the mean of the judge's notes, 1 to 5 as 0 to 1. An answer that breaks the
+    contract has 0 unseen; a reply that cannot be read leaves the row without one. Raises SlmError when none can be."""
+    shown = [(row, s) for row, s in zip(rows, scores, strict=True) if s.parsed is not None]
+    texts = [_task(contract, row) + RATE.format(answer=score.text) for row, score in shown]
+    replies = _replies(judge or judge_model(settings), texts)
+    notes = [[_number(reply, name, 1, 5) for name in RUBRIC] for reply in replies]
+    if notes and all(None in own for own in notes):
+        raise SlmError(f"evaluate.judge: no reply can be read; the first is {replies[0][:80]!r}. Set another judge.")
+    given = {s.row_id: own for (_, s), own in zip(shown, notes, strict=True)}
     for score in scores:
-        score.shares["rubric_score"] = 0.0
-    texts = [_ask(contract, rows[n]) + SCORE.format(answer=scores[n].text) for n in shown]
-    for n, reply in zip(shown, _replies(judge, texts), strict=True):
-        notes = [_number(reply, name, 1, 5) for name in RUBRIC]
-        if None in notes:
-            del scores[n].shares["rubric_score"]
-        else:
-            scores[n].shares["rubric_score"] = (sum(notes) / len(notes) - 1) / 4
-    for score in scores:
-        score.value = primary_value(score, contract)
+        own = given.get(score.row_id, [1])
+        score.shares |= {} if None in own else {"rubric_score": (sum(own) / len(own) - 1) / 4}
+        score.value = mean_share(score.shares.get(contract.primary_metric, 0.0))
 
 
-def _ask(contract: Contract, row: Row) -> str:
+def _task(contract: Contract, row: Row) -> str:
     told = {"goal": contract.brief.get("goal", "-"), "faults": contract.brief.get("failure_modes", "-")}
-    return ASK.format(task=contract.system_prompt, input=row.user, reference=row.answer, **told)
+    return TASK.format(task=contract.system_prompt, input=row.user, reference=row.answer, **told)
 
 
 def _replies(judge, texts: list[str]) -> list[str]:

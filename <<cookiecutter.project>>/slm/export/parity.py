@@ -59,16 +59,13 @@ class RenderedPrompts:
         self.fingerprint = f"{model.fingerprint} {IDS if ids else TEXT}"
 
     def answer(self, prompts):
-        """One answer per prompt, in order."""
-        answers = []
-        for prompt in prompts:
-            text = render(self._tokenizer, prompt.messages, add_generation_prompt=True)
-            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"] if self._ids else self._model.tokenize(text)
-            key = (*ids, prompt.max_tokens)
-            if key not in self._known:
-                self._known[key] = self._model.answer_text(ids, prompt.max_tokens)
-            answers.append(self._known[key])
-        return answers
+        """One answer per prompt, in order; all prompts have the same `max_tokens`."""
+        texts = [render(self._tokenizer, prompt.messages, add_generation_prompt=True) for prompt in prompts]
+        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if self._ids else map(self._model.tokenize, texts)
+        keys = list(map(tuple, ids))
+        new = [key for key in dict.fromkeys(keys) if key not in self._known]
+        self._known.update(zip(new, self._model.answer_ids(list(map(list, new)), prompts[0].max_tokens), strict=True))
+        return [self._known[key] for key in keys]
 
 
 def golden_rows(settings) -> list[Row]:
@@ -90,7 +87,7 @@ def score_files(
     found, penalty = [], settings.export.repeat_penalty
     sets = [(name, part) for name, part in (("golden", rows), ("dev", dev)) if part]
     for file in files:
-        model = LlamaCppModel(file.path, context=settings.export.context, repeat_penalty=penalty)
+        model = LlamaCppModel(file.path, context=settings.export.context, repeat_penalty=penalty, slots=settings.evaluate.slots)
         try:
             results = [
                 evaluate(settings, contract, model, part, set=name, name=file.quant, latency=name == sets[-1][0])

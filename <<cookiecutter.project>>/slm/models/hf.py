@@ -1,12 +1,15 @@
 """A Hugging Face checkpoint, with or without an adapter, decoding greedily in batches of like length."""
 
+import copy
 import time
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from slm.errors import SlmError
-from slm.models.base import Answer, Prompt, common_prefix
+from slm.models.base import Answer, Prompt, common_prefix, resident_mb
+
+FOLDS = {"llama", "mistral", "phi3", "qwen2", "qwen3"}  # families whose attention is the plain one; others go the usual way
 
 
 class HFModel:
@@ -18,6 +21,7 @@ class HFModel:
 
         from slm.registry import file_hash
 
+        self._before = resident_mb()
         self.tokenizer = AutoTokenizer.from_pretrained(adapter or folder, padding_side="left")
         if not self.tokenizer.chat_template:
             raise SlmError(f"{folder}: the tokenizer has no chat template; choose an instruct model.")
@@ -34,10 +38,27 @@ class HFModel:
 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         self.model = model.to(device, torch.bfloat16).eval()
+        ends = self.model.generation_config.eos_token_id
+        self._ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
+        self._guide = self.memory_mb = None
+        self._fold()
         trained = "".join(file_hash(f)[:8] for f in sorted(Path(adapter).glob("*.safetensors"))) if adapter else ""
         self.name = Path(adapter or folder).name
-        self.fingerprint = f"hf2 {weights} {trained} {hash_text(self.tokenizer.chat_template)}"
+        self.fingerprint = f"hf3 {weights} {trained} {hash_text(self.tokenizer.chat_template)}"
         self._batch = batch_size
+
+    def _fold(self) -> None:
+        """Switch to the attention below where it is the family's own."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        config = self.model.config
+        window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+        self._folds = config.model_type in FOLDS and window >= config.max_position_embeddings
+        if self._folds:
+            AttentionInterface.register("slm_folded", _folded)
+            AttentionMaskInterface.register("slm_folded", sdpa_mask)
+            self.model.set_attn_implementation("slm_folded")
 
     def render(self, messages: list[dict]) -> str:
         """The chat as the model sees it, ready for its answer; without thinking, as it was trained."""
@@ -46,59 +67,158 @@ class HFModel:
         )
 
     def answer(self, prompts: list[Prompt]) -> list[Answer]:
-        """One answer per prompt, in order; `schema` is not enforced here."""
+        """One answer per prompt, in order; constrained to `schema` where a prompt has one."""
+        import torch
+
         ids = [self.tokenizer(self.render(p.messages), add_special_tokens=False)["input_ids"] for p in prompts]
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        shared = common_prefix(ids)
-        answers: dict[int, Answer] = {}
-        with tqdm(total=len(ids), desc=self.name, leave=False, mininterval=1) as bar:
+        shared, answers = common_prefix(ids), {}
+        with torch.inference_mode(), tqdm(total=len(ids), desc=self.name, leave=False, mininterval=1) as bar:
+            prefix = self._cache()
+            if shared:
+                self.model(torch.tensor([ids[0][:shared]], device=self.model.device), past_key_values=prefix, logits_to_keep=1)
             for start in range(0, len(order), self._batch):
                 picked = order[start : start + self._batch]
-                limit = max(prompts[i].max_tokens for i in picked)
-                for i, answer in zip(picked, self._batch_answers([ids[i] for i in picked], shared, limit), strict=True):
-                    answers[i] = answer
+                done = self._decode([prompts[i] for i in picked], [ids[i] for i in picked], prefix, shared, len(ids) == 1)
+                answers |= zip(picked, done, strict=True)
                 bar.update(len(picked))
+        if prompts and self.memory_mb is None:
+            gpu = self.model.device.type == "cuda"
+            self.memory_mb = torch.cuda.max_memory_allocated() / 1e6 if gpu else max(0.0, resident_mb() - self._before)
         return [answers[i] for i in range(len(ids))]
 
-    def _batch_answers(self, batch: list[list[int]], shared: int, limit: int) -> list[Answer]:
-        """Prefix of `shared` tokens computed once, then the rest padded on its left: prefix | padding | rest."""
+    def _decode(self, prompts: list[Prompt], ids: list[list[int]], prefix, shared: int, lone: bool) -> list[Answer]:
+        """Greedy answers to prompts whose first `shared` tokens lie in `prefix`, the rest padded on its left. Rows that are
+        done leave the batch once they are a quarter of it."""
         import torch
 
-        begin = time.perf_counter()
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        width = max(len(row) for row in batch)
-        rows, mask = [], []
-        for row in batch:
-            gap = width - len(row)
-            rows.append(row[:shared] + [pad] * gap + row[shared:])
-            mask.append([1] * shared + [0] * gap + [1] * (len(row) - shared))
-        device = self.model.device
-        inputs = {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(mask, device=device)}
-        with torch.inference_mode():
-            if shared:
-                inputs["past_key_values"] = self._prefix(batch[0][:shared], len(batch))
-            out = self.model.generate(
-                **inputs, max_new_tokens=limit, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=pad
-            )
-        seconds = time.perf_counter() - begin
-        return [self._answer(out[n, width:].tolist(), len(row), seconds) for n, row in enumerate(batch)]
+        begin, first, device = time.perf_counter(), None, self.model.device
+        width = max(map(len, ids)) - shared
+        mask = torch.tensor([[0] * (width + shared - len(row)) + [1] * (len(row) - shared) for row in ids], device=device)
+        tokens = torch.tensor([[0] * (width + shared - len(row)) + row[shared:] for row in ids], device=device)
+        places = (shared + mask.cumsum(-1) - 1).clamp(min=0)
+        cache, common = self._cache(), {}
+        if self._folds:
+            common = {"shared": [(layer.keys, layer.values) for layer in prefix.layers] if shared else None}
+        elif shared:
+            cache = copy.deepcopy(prefix)
+            cache.batch_repeat_interleave(len(ids))
+            mask = torch.nn.functional.pad(mask, (shared, 0), value=1)
+        given, logs, seconds = [[] for _ in ids], [[] for _ in ids], [0.0] * len(ids)
+        matchers = [self._matcher(p.schema) if p.schema else None for p in prompts]
+        rows, alive = list(range(len(ids))), set(range(len(ids)))  # the prompt of each row of the batch; those at work
+        while True:
+            seen = mask if not self._folds else _causal(mask, tokens.shape[1])
+            out = self.model(tokens, attention_mask=seen, position_ids=places, past_key_values=cache, logits_to_keep=1, **common)
+            logits = out.logits[:, -1].float()
+            total = logits.logsumexp(-1)
+            allowed = self._bound(logits, [matchers[i] if i in alive else None for i in rows])
+            best = allowed.argmax(-1, keepdim=True)
+            logged = (logits.gather(-1, best)[:, 0] - total).tolist()
+            first = first or time.perf_counter() - begin
+            for i, token, log in zip(rows, best[:, 0].tolist(), logged, strict=True):
+                if i not in alive:
+                    continue
+                given[i].append(token)
+                logs[i].append(log)
+                if matchers[i]:
+                    matchers[i].consume_token(token)
+                if token in self._ends or len(given[i]) >= prompts[i].max_tokens:
+                    alive.remove(i)
+                    seconds[i] = time.perf_counter() - begin
+            if not alive:
+                break
+            if 4 * len(alive) <= 3 * len(rows):
+                kept = [n for n, i in enumerate(rows) if i in alive]
+                rows, at = [rows[n] for n in kept], torch.tensor(kept, device=device)
+                cache.batch_select_indices(at)
+                best, mask, places = best[at], mask[at], places[at]
+            tokens, places = best, places[:, -1:] + 1
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        done = zip(ids, given, logs, seconds, strict=True)
+        return [self._answer(len(row), *rest, first if lone else None) for row, *rest in done]
 
-    def _prefix(self, tokens: list[int], copies: int):
-        import torch
+    def _cache(self):
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.model.config)
-        self.model(input_ids=torch.tensor([tokens], device=self.model.device), past_key_values=cache, logits_to_keep=1)
-        cache.batch_repeat_interleave(copies)
-        return cache
+        return DynamicCache(config=self.model.config)
 
-    def _answer(self, tokens: list[int], prompt_tokens: int, seconds: float) -> Answer:
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        stop = next((n for n, token in enumerate(tokens) if token in ends), None)
-        kept = tokens if stop is None else tokens[:stop]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Answer(text, seconds, prompt_tokens, len(kept), "length" if stop is None else "stop")
+    def _answer(self, prompt_tokens: int, tokens: list[int], logs: list[float], seconds: float, first) -> Answer:
+        stopped = tokens[-1] in self._ends
+        tokens = tokens[:-1] if stopped else tokens
+        pieces, text = [], ""
+        for n, log in enumerate(logs[: len(tokens)], 1):
+            now = self.tokenizer.decode(tokens[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            # Half a character waits for its rest.
+            now = text if now.endswith("\ufffd") and n < len(tokens) else now
+            pieces.append((now[len(text) :], log))
+            text = now
+        return Answer(text, seconds, prompt_tokens, len(tokens), "stop" if stopped else "length", first, tuple(pieces))
+
+    def _matcher(self, schema: dict):
+        """What holds one answer to the schema, in the compact form that rows are trained in."""
+        import llguidance.hf
+        from llguidance import LLMatcher
+
+        if self._guide is None:
+            size = self.model.get_output_embeddings().out_features
+            self._guide = llguidance.hf.from_tokenizer(self.tokenizer, n_vocab=size, eos_token=sorted(self._ends))
+        form = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+        matcher = LLMatcher(self._guide, LLMatcher.grammar_from_json_schema(schema, defaults=form))
+        if matcher.is_error():
+            raise SlmError(f"the output schema cannot be decoded by ({matcher.get_error()[:200]}); simplify task/contract.py.")
+        return matcher
+
+    def _bound(self, logits, matchers: list):
+        """The logits with what a matcher forbids at minus infinity; the very same where nothing is bound."""
+        import numpy as np
+        import torch
+
+        if not any(matchers):
+            return logits
+        bits = np.full((len(matchers), -(-logits.shape[-1] // 32)), -1, dtype=np.int32)
+        for row, matcher in zip(bits, matchers, strict=True):
+            if matcher:
+                matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        allowed = np.unpackbits(bits.view(np.uint8), axis=-1, bitorder="little")[:, : logits.shape[-1]]
+        return logits.masked_fill(~torch.from_numpy(allowed).bool().to(logits.device), -torch.inf)
+
+
+def _causal(mask, width: int):
+    """(rows, 1, width, length) of what the last `width` tokens may look at, from a (rows, length) mask of real tokens."""
+    import torch
+
+    length = mask.shape[1]
+    at = torch.arange(length, device=mask.device)
+    # A padding token looks at itself, so that nothing is divided by zero.
+    return ((at <= at[-width:, None]) & mask.bool()[:, None, None] | (at == at[-width:, None]))
+
+
+def _folded(module, query, key, value, attention_mask, scaling, shared=None, **_):
+    """Attention in which neither the key heads of a group nor the `shared` prefix (per layer: keys and values of one row)
+    are copied for each query head and each row. One new token a row; more of them go the usual way."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rows, heads, width, size = query.shape
+    before, before_value = shared[module.layer_idx] if shared else (key[:1, :, :0], value[:1, :, :0])
+    length = before.shape[2]
+    if width > 1:
+        keys = torch.cat([before.expand(rows, -1, -1, -1), key], 2)
+        values = torch.cat([before_value.expand(rows, -1, -1, -1), value], 2)
+        mask = attention_mask if attention_mask is None else torch.nn.functional.pad(attention_mask, (length, 0), value=True)
+        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)
+    groups, each = key.shape[1], heads // key.shape[1]
+    own = query.view(rows, groups, each, size) * scaling
+    every = own.transpose(0, 1).reshape(groups, rows * each, size)
+    scores = own @ key.transpose(-1, -2)
+    scores = scores if attention_mask is None else scores.masked_fill(~attention_mask, -torch.inf)
+    first = (every @ before[0].transpose(-1, -2)).view(groups, rows, each, length).transpose(0, 1)
+    weights = torch.cat([first, scores], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    out = weights[..., length:] @ value
+    first = weights[..., :length].transpose(0, 1).reshape(groups, rows * each, length) @ before_value[0]
+    out = out + first.view(groups, rows, each, size).transpose(0, 1)
+    return out.reshape(rows, 1, heads, size), None
 
 
 def hash_text(text: str) -> str:
