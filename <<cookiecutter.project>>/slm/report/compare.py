@@ -12,7 +12,8 @@ from slm.report.render import fill
 def render(settings, a: str, b: str) -> str:
     """Run `b` minus run `a` as Markdown. Raises SlmError when a run was not evaluated, or when contract, set or rows are
     not the same in both."""
-    reports, found = [load_report(settings, run) for run in (a, b)], [by_set(load_candidate(settings, run)) for run in (a, b)]
+    reports = [load_report(settings, run) for run in (a, b)]
+    found = [by_set([r for r in load_candidate(settings, run) if r.ran]) for run in (a, b)]
     contracts = [report["contract"] for report in reports]
     if contracts[0]["hash"] != contracts[1]["hash"] or contracts[0]["primary_metric"] != contracts[1]["primary_metric"]:
         was, now = (f"{c['hash']} ({c['primary_metric']})" for c in contracts)

@@ -160,7 +160,7 @@ def not_run(settings, contract: Contract, found: dict[str, dict[str, Result]], c
         "calibration": not mine.calibration and (
             "the answers carry no token probabilities" if contract.label_field else "the contract has no label"),
         "rubric and preference": contract.task_type == "rewriting" and not own.judge.url and "evaluate.judge is not set",
-        "cost": not mine.cost_per_1k_requests and "no rates in the section `cost` of project.yaml",
+        "cost": mine.cost_per_1k_requests is None and "no rates in the section `cost` of project.yaml",
         "memory": mine.memory_mb is None and "not measured for this model",
         "time to first token": mine.first_token_s is None and "not measured for this model",
     }  # fmt: skip

@@ -88,7 +88,7 @@ def nine(report: dict, settings) -> list[dict]:
     waits = ", ".join(f"{p} {tables.seconds(wait[f'{p}_s'])}" for p in ("p50", "p95", "p99") if wait[f"{p}_s"] is not None)
     cells["latency"] = f"{waits}, one request at a time" if waits else "not measured"
     cells["tokens_per_second"] = f"{speed:.1f}" if speed else "-"
-    cells["cost_per_1k_requests"] = f"{cost:.4f} {settings.cost.currency}" if cost else "no rates set in project.yaml"
+    cells["cost_per_1k_requests"] = f"{cost:.4f} {settings.cost.currency}" if cost is not None else "no rates set in project.yaml"
     cells["schema_error_rate"] = tables.metric(lines["schema_error_rate"])
     cells["failure_examples"] = f"{len(lines['failure_examples'])} shown below"
     return [{"line": key, f"on {report['headline_set']}": value} for key, value in cells.items()]

@@ -77,7 +77,7 @@ def results(found: Sequence[Result], names: Sequence[str]) -> list[dict]:
             names[0]: cells[names[0]], "n": str(len(r.scores)) if r.ran else "-",
             "latency p50 / p95 / p99 (ms)": " / ".join(waits) if any(w != "-" for w in waits) else "-",
             "first token (ms)": number(r.first_token_s, 1000), "tokens/s": number(r.tokens_per_second),
-            "memory (MB)": number(r.memory_mb), "cost per 1,000": f"{cost:.4f}" if cost else "-",
+            "memory (MB)": number(r.memory_mb), "cost per 1,000": "-" if cost is None else f"{cost:.4f}",
             "error rate": metric(r.metrics.get("error_rate")), **cells, "note": r.reason and f"not run: {r.reason}",
         })  # fmt: skip
     return [{k: v for k, v in line.items() if any(one[k] not in ("", "-") for one in lines)} for line in lines]
@@ -100,7 +100,7 @@ def gates(found: Sequence[Gate]) -> list[dict]:
     """One line per release gate; of the rows that count against it the first ten."""
     return [
         {
-            "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.note,
+            "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.comment,
             "rows": ", ".join(g.rows[:10]) + (f" and {len(g.rows) - 10} more" if len(g.rows) > 10 else ""),
         } for g in found
     ]  # fmt: skip
