@@ -83,9 +83,15 @@ def complete_tokenizer(tokenizer, base: Path, folder: Path) -> None:
     names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     added = sorted(tokenizer.added_tokens_decoder.items())
     config["added_tokens_decoder"] = {str(n): {name: getattr(token, name) for name in names} for n, token in added}
+    config["add_bos_token"] = adds_bos(tokenizer)  # left open, llama.cpp decides by the kind of vocabulary
     file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     if (base / "tokenizer.model").is_file() and not (folder / "tokenizer.model").exists():
         shutil.copy(base / "tokenizer.model", folder)
+
+
+def adds_bos(tokenizer) -> bool:
+    """Whether the tokenizer puts a BOS in front of plain text by itself, as every runtime then does."""
+    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def read_ends(folder: Path) -> Ends:
