@@ -4,9 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from itertools import dropwhile, islice, product
+from itertools import dropwhile, product
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -53,13 +54,15 @@ class TokenProof:
     turn_end: int
     bos: str
     stops: str
+    text: str  # "NFC" where the tokenizer composes letters and accents, which no runtime does
 
 
 def conversations(contract, rows, hostile=HOSTILE, least=LEAST) -> list[list[dict]]:
-    """The prompts that are compared: every row's, the hostile ones, and hostile texts behind others up to `least`."""
-    chats = [contract.messages(row)[:-1] for row in rows] + [contract.prompt(text) for text in hostile]
-    mixed = product([*(row.user for row in rows), *hostile], hostile)
-    return chats + [contract.prompt(f"{one} {bad}") for one, bad in islice(mixed, max(0, least - len(chats)))]
+    """The prompts that are compared: every row's, the hostile ones, and hostile texts within others up to `least`."""
+    chats = [contract.messages(row)[:-1] for row in rows]
+    mixed = (f"{one} {bad} {one}" for one, bad in product([*(row.user for row in rows), *hostile], hostile))
+    texts = list(dict.fromkeys([*hostile, *mixed]))
+    return chats + [contract.prompt(text) for text in texts[: max(len(hostile), least - len(chats))]]
 
 
 def prove_tokens(merged: Path, file: Path, chats: list[list[dict]]) -> TokenProof:
@@ -70,6 +73,8 @@ def prove_tokens(merged: Path, file: Path, chats: list[list[dict]]) -> TokenProo
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
     turn, stops = read_turn(tokenizer), stop_texts(tokenizer, merged)
+    if composed := composes(tokenizer):  # llama.cpp does not: texts must come composed
+        chats = [[{**m, "content": unicodedata.normalize("NFC", m["content"])} for m in chat] for chat in chats]
     texts = [render(tokenizer, chat, add_generation_prompt=True) for chat in chats]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     # What a Go template cannot render is compared as the tokenizer renders it.
@@ -78,7 +83,14 @@ def prove_tokens(merged: Path, file: Path, chats: list[list[dict]]) -> TokenProo
     if problems := [*_tokens_differ(merged, tokenizer, found, stops), *_prompts_differ(tokenizer, texts, ids, found)]:
         raise SlmError(f"{file}: not the model that was trained: {'; '.join(problems)}. Nothing is released; export again.")
     bos = "exactly one" if tokenizer.bos_token_id is not None and ids[0][:1] == [tokenizer.bos_token_id] else "none"
-    return TokenProof(Path(file).name, len(chats), found.eos, turn_end(tokenizer), bos, " ".join(stops))
+    form = "NFC" if composed else "any"
+    return TokenProof(Path(file).name, len(chats), found.eos, turn_end(tokenizer), bos, " ".join(stops), form)
+
+
+def composes(tokenizer) -> bool:
+    """Whether the tokenizer joins letters and their accents first (Unicode NFC), as Qwen's does."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer is not None and "\u00e9" in normalizer.normalize_str("e\u0301")
 
 
 def read_vocabulary(file: Path, **request) -> Vocabulary:
