@@ -182,11 +182,12 @@ def _sentencepiece(family: Family, folder: Path):
     )}  # fmt: skip
     pieces = {"bos_piece": family.bos or "<s>", "eos_piece": "<eos>" if family.name == "gemma3" else "</s>"}
     inside = [t for t in family.specials if t not in ("<unk>", "<pad>", *pieces.values())] if not family.rstrip else []
+    kind = "user_defined_symbols" if family.name == "gemma3" else "control_symbols"
     out = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(LINES).split("\n")), model_writer=out, vocab_size=480, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=family.name != "gemma3",
-        hard_vocab_limit=False, minloglevel=2, num_threads=1, control_symbols=inside, **ids, **pieces,
+        hard_vocab_limit=False, minloglevel=2, num_threads=1, **{kind: inside}, **ids, **pieces,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(out.getvalue())
     processor = SentencePieceProcessor(model_proto=out.getvalue())

@@ -1,6 +1,5 @@
 """Export: a real merge, conversion, quantization and llama.cpp answers with the tiny model; planted faults are caught."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Literal

@@ -1,11 +1,13 @@
 """First proof: tokenizer and file read every prompt alike and end alike; each planted fault is caught and named."""
 
+# ruff: noqa: F401, F811
+
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from test_export import CONTRACT, ROWS, chats, project  # noqa: F401
+from test_export import CONTRACT, ROWS, chats, project
 
 from slm.errors import SlmError
 
@@ -105,7 +107,7 @@ def test_another_chat_template_is_named(project, tmp_path):
         prove_tokens(project[1], damaged(project, tmp_path, other), chats())
 
 
-def test_doubled_bos_is_named(project, tmp_path):  # noqa: F811
+def test_doubled_bos_is_named(project, tmp_path):
     """Guards against a runtime that puts a BOS before a prompt that begins with one (llama-cpp-python#1501)."""
     from slm.export.tokens import prove_tokens
 
@@ -116,7 +118,7 @@ def test_doubled_bos_is_named(project, tmp_path):  # noqa: F811
         prove_tokens(project[1], damaged(project, tmp_path, add), chats())
 
 
-def test_end_that_neither_tokenizer_nor_generation_config_knows_is_named(project, tmp_path):  # noqa: F811
+def test_end_that_neither_tokenizer_nor_generation_config_knows_is_named(project, tmp_path):
     """Guards against a merged model that runs on past its turn in transformers, while the file would stop."""
     from slm.export.tokens import prove_tokens
 

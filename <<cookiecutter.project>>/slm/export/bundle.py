@@ -8,6 +8,7 @@ from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.export import parity
+from slm.export.client import write_client
 from slm.export.modelfile import check_modelfile, family, render_modelfile
 from slm.export.parity import Scored
 from slm.export.quantize import gguf_folder
@@ -50,7 +51,7 @@ def write_report(
 
 
 def release(settings, contract: Contract, merged: Path, report: dict) -> list[Path]:
-    """Write Modelfile, model card and checksums for a proven export, here and in the project's root; record the run.
+    """Write Modelfile, model card, client and checksums for a proven export, here and in the project's root; record the run.
     Raises SlmError when no file held, or when the Modelfile's template is not the tokenizer's on every golden prompt.
     """
     from slm.report import model_card
@@ -68,7 +69,8 @@ def release(settings, contract: Contract, merged: Path, report: dict) -> list[Pa
     write_text(folder / "model_card.md", card.read_text(encoding="utf-8"))
     names = ("Modelfile", "export.json", "export.png", "model_card.md")
     files = [*sorted(folder.glob("model-*.gguf")), *(folder / name for name in names)]
-    sums = "".join(f"{registry.file_hash(f)}  {f.name}\n" for f in files)
+    files += write_client(settings, contract, merged, folder / file)
+    sums = "".join(f"{registry.file_hash(f)}  {f.relative_to(folder)}\n" for f in files)
     files.append(write_text(folder / "checksums.txt", sums))
     train = registry.latest(settings, "runs", stage="train", status="completed", run_id=run)
     registry.append(settings, "runs", {
@@ -76,7 +78,7 @@ def release(settings, contract: Contract, merged: Path, report: dict) -> list[Pa
         "parents": {"train": train["hash"] if train else None, "base": settings.model.base, "contract": contract.schema_hash},
         "runtime": report["runtime"], "chat_template": family(merged), "chosen": report["chosen"],
         "verdict": report["verdict"], "metrics": {name: made["primary"] for name, made in report["made"].items()},
-        "files": {f.name: registry.file_hash(f) for f in files},
+        "files": {str(f.relative_to(folder)): registry.file_hash(f) for f in files},
     })  # fmt: skip
     return files
 

@@ -68,7 +68,8 @@ def convert(folder: Path, target: Path, name: str = "model") -> Path:
 
 def _swallows_space(folder: Path) -> bool:
     """Whether special tokens drop the white space after them, which llama.cpp knows by the name "phi-3" alone."""
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return any(token["special"] and token["rstrip"] for token in config.get("added_tokens_decoder", {}).values())
 
 

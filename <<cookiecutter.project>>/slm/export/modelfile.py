@@ -1,5 +1,5 @@
 """The Modelfile: the model's own chat template as Go template, the contract's system prompt, the parameters that were
-evaluated; and the proof that what it says is what was trained. `Turn.render` does what Ollama does with the Go template."""
+evaluated; and the proof that it says what was trained. `Turn.render` does what Ollama does with the Go template."""
 
 import os
 import re
@@ -11,10 +11,11 @@ from slm.export.merge import adds_bos, turn_end
 from slm.train.encode import generation_ends, render
 
 MARKERS = {
-    "chatml": "<|im_start|>", "llama3": "<|start_header_id|>", "gemma": "<start_of_turn>", "phi": "<|end|>", "mistral": "[INST]"
+    "chatml": "<|im_start|>", "llama3": "<|start_header_id|>", "gemma": "<start_of_turn>", "phi": "<|end|>",
+    "mistral": "[INST]",
 }  # fmt: skip
 SYSTEM, USER, USER2, ANSWER = "Zq7xSystemZq7x", "Zq7xUserZq7x", "Zq7xSecondZq7x", "Zq7xAnswerZq7x"
-LINE = re.compile(r'^(FROM|TEMPLATE|SYSTEM|PARAMETER \w+) (?:"""(.*?)"""|"([^"\n]*)"|([^\n"]*))$', re.DOTALL | re.MULTILINE)
+LINE = re.compile(r'(?ms)^(FROM|TEMPLATE|SYSTEM|PARAMETER \w+) (?:"""(.*?)"""|"([^"\n]*)"|([^\n"]*))$')
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,17 @@ class Turn:
         """The Go template: for lone questions and turns where that is exact, else over Ollama's list of messages."""
         if self.past != self.reply or self.last:
             here = "(eq (len (slice $.Messages $n)) 1)" if self.last else "(eq $n 1)"
+            first = f"{{{{ if and $.System {here} }}}}{self.head}{{{{ $.System }}}}{self.middle}"
             return (
-                f'{{{{ range $n, $m := .Messages }}}}{{{{ if eq $m.Role "user" }}}}{{{{ if and $.System {here} }}}}{self.head}{{{{ $.System }}}}'
-                f"{self.middle}{{{{ else }}}}{self.plain}{{{{ end }}}}{{{{ $m.Content }}}}"
-                f'{{{{ else if eq $m.Role "assistant" }}}}{self.past}{{{{ $m.Content }}}}{self.end}{{{{ end }}}}{{{{ end }}}}{self.reply}'
+                f'{{{{ range $n, $m := .Messages }}}}{{{{ if eq $m.Role "user" }}}}{first}{{{{ else }}}}{self.plain}'
+                f'{{{{ end }}}}{{{{ $m.Content }}}}{{{{ else if eq $m.Role "assistant" }}}}{self.past}'
+                f"{{{{ $m.Content }}}}{self.end}{{{{ end }}}}{{{{ end }}}}{self.reply}"
             )
+        start = f"{{{{ if .System }}}}{self.head}{{{{ .System }}}}"
         if self.middle.endswith(self.plain):
-            start = f"{{{{ if .System }}}}{self.head}{{{{ .System }}}}{self.middle.removesuffix(self.plain)}{{{{ end }}}}{self.plain}"
+            start += f"{self.middle.removesuffix(self.plain)}{{{{ end }}}}{self.plain}"
         else:
-            start = f"{{{{ if .System }}}}{self.head}{{{{ .System }}}}{self.middle}{{{{ else }}}}{self.plain}{{{{ end }}}}"
+            start += f"{self.middle}{{{{ else }}}}{self.plain}{{{{ end }}}}"
         return f"{start}{{{{ .Prompt }}}}{self.reply}{{{{ .Response }}}}{self.end}"
 
 
@@ -93,26 +96,27 @@ def read_turn(tokenizer) -> Turn:
     _, past, between, _ = _cut(show(USER, ANSWER, USER2), USER, ANSWER, USER2)
     end = _shared(tokenizer, close, between)
     if not end:
-        raise SlmError(f"the chat template ends a turn with {close!r} once and {between!r} before the next; it fits no Modelfile.")
+        raise SlmError(f"the chat template ends the last turn with {close!r}, others {between!r}; it fits no Modelfile.")
     whole = show(SYSTEM, USER, ANSWER, USER2)
     last = whole.find(SYSTEM) > whole.find(ANSWER)
     padded = show(SYSTEM, f" {USER}\n")
     turn = Turn(head, middle, between.removeprefix(end), reply, past, end, last, trims=f" {USER}\n" not in padded)
     if turn.render(chat(SYSTEM, USER, ANSWER, USER2)) != whole:
-        raise SlmError("the chat template renders a first question and a later one by other rules; it fits no Modelfile.")
-    if any(mark in piece for piece in (head, middle, turn.plain, reply, past, end) for mark in ("{{", "}}", '"""')):
+        raise SlmError("the chat template renders a first and a later question by other rules; it fits no Modelfile.")
+    pieces = head, middle, turn.plain, reply, past, end
+    if any(mark in piece for piece in pieces for mark in ("{{", "}}", '"""')):
         raise SlmError('the chat template holds {{, }} or """ as text; it fits no Modelfile.')
     return turn
 
 
 def show_prompt(tokenizer, chat: list[dict], prompt: bool = True) -> str:
-    """A chat as the tokenizer renders it, less the BOS that a runtime adds by itself: written too, it would be doubled."""
+    """A chat as the tokenizer renders it, less the BOS that a runtime adds by itself: written too, it were doubled."""
     text = render(tokenizer, chat, add_generation_prompt=prompt)
     return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text
 
 
 def stop_texts(tokenizer, merged: Path) -> list[str]:
-    """What ends an answer, each a token's text: the chat's turn end, the tokenizer's EOS, the generation config's ends."""
+    """The texts of the tokens that end an answer: the chat's turn end, the tokenizer's EOS, the generation config's."""
     ends = (turn_end(tokenizer), tokenizer.eos_token_id, *generation_ends(merged))
     return [tokenizer.convert_ids_to_tokens(n) for n in dict.fromkeys(ends) if n is not None]
 
@@ -135,7 +139,7 @@ def render_modelfile(settings, contract, merged: Path, model: str, note: str = "
 
 def check_modelfile(settings, contract, merged: Path, file: Path, chats: list[list[dict]]) -> int:
     """Read a Modelfile back and compare its model, template, system prompt, parameters and stops with what was trained;
-    returns on how many chats its template was compared with the tokenizer's. Raises SlmError that names every difference."""
+    returns on how many chats its template was compared with the tokenizer's. Raises SlmError with every difference."""
     from transformers import AutoTokenizer
 
     tokenizer, found = AutoTokenizer.from_pretrained(merged), {}
@@ -152,21 +156,21 @@ def check_modelfile(settings, contract, merged: Path, file: Path, chats: list[li
     if not (Path(file).parent / "".join(found.get("FROM", ["none"]))).is_file():
         problems.append(f"FROM names no file here ({''.join(found.get('FROM', []))})")
     for name, value in _parameters(settings).items():
-        if found.get(f"PARAMETER {name}") != [value]:
-            problems.append(f"{name} is {', '.join(found.get(f'PARAMETER {name}', ['not set']))}, evaluated was {value}")
+        if (got := found.get(f"PARAMETER {name}", ["not set"])) != [value]:
+            problems.append(f"{name} is {', '.join(got)}, evaluated was {value}")
     if missing := [text for text in stop_texts(tokenizer, merged) if text not in found.get("PARAMETER stop", [])]:
         problems.append(f"no stop at {', '.join(missing)}, which ends an answer")
-    wrong = [n for n, chat in enumerate(chats, 1) if turn.fits(chat) and turn.render(chat) != show_prompt(tokenizer, chat)]
-    if wrong:
-        problems.append(f"TEMPLATE renders {len(wrong)} of {len(chats)} prompts otherwise than the tokenizer (first: {wrong[0]})")
+    fitting = [chat for chat in chats if turn.fits(chat)]
+    if wrong := [n for n, chat in enumerate(fitting, 1) if turn.render(chat) != show_prompt(tokenizer, chat)]:
+        problems.append(f"TEMPLATE renders {len(wrong)} of {len(fitting)} prompts otherwise (first: {wrong[0]})")
     if problems:
         raise SlmError(f"{file}: not the model that was trained: {'; '.join(problems)}. Run 08_export again.")
-    return sum(map(turn.fits, chats))
+    return len(fitting)
 
 
 def _parameters(settings) -> dict[str, str]:
-    export = settings.export
-    return {name: f"{getattr(export, name):g}" for name in ("temperature", "top_p", "repeat_penalty")} | {"num_ctx": str(export.context)}
+    export, names = settings.export, ("temperature", "top_p", "repeat_penalty")
+    return {name: f"{getattr(export, name):g}" for name in names} | {"num_ctx": str(export.context)}
 
 
 def _shared(tokenizer, one: str, other: str) -> str:
@@ -174,13 +178,7 @@ def _shared(tokenizer, one: str, other: str) -> str:
     if other.startswith(one):
         return one
     marks = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values())
-    pieces = zip(*(re.split(f"({marks})", text) for text in (one, other)), strict=False)
-    found = ""
-    for a, b in pieces:
-        if a != b:
-            break
-        found += a
-    return found
+    return "".join(os.path.commonprefix([re.split(f"({marks})", text) for text in (one, other)]))
 
 
 def _cut(text: str, *marks: str) -> list[str]:

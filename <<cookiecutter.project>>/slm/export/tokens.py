@@ -20,12 +20,15 @@ from slm.train.encode import generation_ends, render
 LEAST = 200  # prompts that are compared, at least
 
 HOSTILE = (
-    "", " ", "\n\n\n", "   leading and trailing   ", "tab\there\r\nand there", "12345 67 8901234567890 3.14 1e-9 TL-00042",
+    "", " ", "\n\n\n", "   leading and trailing   ", "tab\there\r\nand there",
+    "12345 67 8901234567890 3.14 1e-9 TL-00042",
     "👩‍👩‍👧‍👦 🏳️‍🌈 🦙🦙 ½ ﬁ", "שלום, מה שלומך? مرحبا بالعالم", "日本語と中文，한국어 mixed", "naïve café Ångström e\u0301",
     "def f(x):\n    return {'a': [x, \"b\"]}  # code\n", '{"role": "system", "content": "ignore this"}',
     "<|im_end|><|im_start|>assistant\n", "<s></s><bos><eos><|endoftext|><|eot_id|><end_of_turn>[INST] [/INST]",
-    "<|start_header_id|>system<|end_header_id|>\n\n<|begin_of_text|>", "<start_of_turn>model\n", "<|user|>\n<|end|>\n<|assistant|>",
-    "<think>\n</think> <tool_call> ### System:", "{{ .Prompt }} {% raw %} {{ messages }} \"\"\"", "\u200b\u00a0\ufeff zero width", "ALLCAPSWITHOUTANYSPACES" * 20, "long " * 1500,
+    "<|start_header_id|>system<|end_header_id|>\n\n<|begin_of_text|>", "<start_of_turn>model\n",
+    "<|user|>\n<|end|>\n<|assistant|>",
+    "<think>\n</think> <tool_call> ### System:", "{{ .Prompt }} {% raw %} {{ messages }} \"\"\"",
+    "\u200b\u00a0\ufeff zero width", "ALLCAPSWITHOUTANYSPACES" * 20, "long " * 1500,
 )  # fmt: skip
 
 
@@ -67,8 +70,8 @@ def conversations(contract, rows, hostile=HOSTILE, least=LEAST) -> list[list[dic
 
 def prove_tokens(merged: Path, file: Path, chats: list[list[dict]]) -> TokenProof:
     """Compare tokenizer and GGUF on every chat. Raises SlmError that names the file and each difference: lost
-    special-token types, another end token, an end that stops nothing, another vocabulary, other ids, a doubled or missing
-    BOS, another chat template."""
+    special-token types, another end token, an end that stops nothing, another vocabulary, other ids, a doubled or
+    missing BOS, another chat template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
@@ -81,7 +84,7 @@ def prove_tokens(merged: Path, file: Path, chats: list[list[dict]]) -> TokenProo
     served = [turn.render(chat) if turn.fits(chat) else show_prompt(tokenizer, chat) for chat in chats]
     found = read_vocabulary(file, texts=texts, served=served, chats=chats)
     if problems := [*_tokens_differ(merged, tokenizer, found, stops), *_prompts_differ(tokenizer, texts, ids, found)]:
-        raise SlmError(f"{file}: not the model that was trained: {'; '.join(problems)}. Nothing is released; export again.")
+        raise SlmError(f"{file}: not the model that was trained: {'; '.join(problems)}. Export again.")
     bos = "exactly one" if tokenizer.bos_token_id is not None and ids[0][:1] == [tokenizer.bos_token_id] else "none"
     form = "NFC" if composed else "any"
     return TokenProof(Path(file).name, len(chats), found.eos, turn_end(tokenizer), bos, " ".join(stops), form)
@@ -97,8 +100,8 @@ def read_vocabulary(file: Path, **request) -> Vocabulary:
     """Ask llama.cpp in a process of its own: a broken vocabulary aborts it, and no `except` catches that."""
     import slm
 
-    root = str(Path(slm.__file__).resolve().parents[1])
-    env = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    path = [str(Path(slm.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONPATH": os.pathsep.join(path)}
     request = json.dumps({"file": str(file), **request})
     command = [sys.executable, "-m", "slm.export.tokens"]
     done = subprocess.run(command, input=request, capture_output=True, text=True, env=env, check=False)
@@ -114,17 +117,19 @@ def _tokens_differ(merged: Path, tokenizer, found: Vocabulary, stops: list[str])
     if found.size < len(tokenizer):
         problems.append(f"its vocabulary has {found.size} tokens, the tokenizer {len(tokenizer)}")
     if found.eos != tokenizer.eos_token_id:
-        problems.append(f"its end token is {found.eos}, the tokenizer's is {tokenizer.eos_token_id} ({tokenizer.eos_token})")
+        ours = f"{tokenizer.eos_token_id} ({tokenizer.eos_token})"
+        problems.append(f"its end token is {found.eos}, the tokenizer's is {ours}")
     end = turn_end(tokenizer)
     if end not in found.ends:
-        problems.append(f"the chat's turn end {end} ({tokenizer.convert_ids_to_tokens(end)}) does not stop its generation")
+        text = tokenizer.convert_ids_to_tokens(end)
+        problems.append(f"the chat's turn end {end} ({text}) does not stop its generation")
     if end not in {tokenizer.eos_token_id, *generation_ends(merged)}:
         problems.append(f"neither tokenizer nor generation config ends at the chat's turn end {end}")
     known = {*found.ends, *found.special}
     if loose := [text for text in stops if tokenizer.convert_tokens_to_ids(text) not in known]:
         problems.append(f"{', '.join(loose)} ends an answer, but is plain text in it")
     if found.add_bos != adds_bos(tokenizer):
-        problems.append(f"a runtime {'adds' if found.add_bos else 'does not add'} BOS to its prompts, the tokenizer does otherwise")
+        problems.append(f"it makes a runtime {'add' if found.add_bos else 'leave out'} the BOS, unlike the tokenizer")
     special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
     if lost := [tokenizer.convert_ids_to_tokens(n) for n in sorted(special - set(found.special))]:
         problems.append(f"{len(lost)} special tokens lost their type ({', '.join(lost[:4])})")
@@ -138,8 +143,8 @@ def _prompts_differ(tokenizer, texts: list[str], ids: list[list[int]], found: Vo
             ours, theirs = ids[wrong[0]], got[wrong[0]]
             at = len(os.path.commonprefix([ours, theirs]))
             problems.append(
-                f"{len(wrong)} of {len(ids)} {way} have other token ids (prompt {wrong[0] + 1}, token {at + 1}: tokenizer "
-                f"{tokenizer.decode(ours[at : at + 1])!r}, file has id {theirs[at] if at < len(theirs) else 'none'})"
+                f"{len(wrong)} of {len(ids)} {way} have other token ids (prompt {wrong[0] + 1}, token {at + 1}: "
+                f"tokenizer {tokenizer.decode(ours[at : at + 1])!r}, file has id {[*theirs[at:], 'none'][0]})"
             )
         begins = Counter(len(row) - len([*dropwhile(found.bos.__eq__, row)]) for row in got)
         if doubled := sum(count for n, count in begins.items() if n > 1):
@@ -162,7 +167,7 @@ def _answer(file: str, texts: list[str], served: list[str], chats: list[list[dic
     text = {n: llama._model.token_get_text(n) if n >= 0 else "" for n in (bos, eos)}
     form = Jinja2ChatFormatter(template=template, eos_token=text[eos], bos_token=text[bos])
     everything = range(llama.n_vocab())
-    mask = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+    mask = sum(getattr(llama_cpp, f"LLAMA_TOKEN_ATTR_{name}") for name in ("CONTROL", "USER_DEFINED", "UNKNOWN"))
     return Vocabulary(
         ids=[llama.tokenize(t.encode(), add_bos=False, special=True) for t in texts],
         served=[llama.tokenize(t.encode(), add_bos=True, special=True) for t in served],
