@@ -38,7 +38,6 @@ def folder(project):
 
     settings, merged, files = project
     settings = load_settings(start=settings.root, run_id="t", overrides={"evaluate.max_new_tokens": 48})
-    shutil.copytree("client", settings.path("client"))
     written = write_client(settings, SHORT, merged, files[0].path)
     assert [f.name for f in written] == ["README.md", "client.py", "contract.json", "request.json"]
     return written[0].parent

@@ -54,6 +54,7 @@ def project(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("project")
     (root / "project.yaml").write_text("model: {base: tiny}\nevaluate: {max_new_tokens: 12, resamples: 100}\n")
+    shutil.copytree("client", root / "client")
     (root / "training/configs").mkdir(parents=True)
     (root / "training/configs/train_config.yaml").write_text("{}\n")
     write_rows(root / "data/eval/golden.jsonl", ROWS)
@@ -318,8 +319,9 @@ def test_release_writes_the_bundle_and_the_root_files(project, scored, monkeypat
     root = settings.path("Modelfile").read_text()
     assert root.startswith("# run t:") and f"FROM ./outputs/gguf/t/model-{chosen}.gguf\n" in root
     assert (folder / "model_card.md").read_text() == f"card of t: {chosen}\n" and (folder / "export.png").stat().st_size > 5000
+    assert (folder / "client/client.py").read_bytes() == Path("client/client.py").read_bytes()
     record = registry.latest(settings, "runs", stage="export")
-    assert record["chosen"] == chosen and set(record["files"]) >= {"model-f16.gguf", "Modelfile", "export.json"}
+    assert record["chosen"] == chosen and set(record["files"]) >= {"model-f16.gguf", "Modelfile", "export.json", "client/contract.json"}
 
 
 def test_nothing_is_released_when_no_file_holds(project, tmp_path):

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from slm.errors import SlmError
 from slm.export.modelfile import read_turn, stop_texts
 from slm.export.tokens import composes
 from slm.models.llama_cpp import _inlined
@@ -36,6 +37,8 @@ def write_client(settings, contract, merged: Path, file: Path) -> list[Path]:
     from transformers import AutoTokenizer
 
     tokenizer, folder, export = AutoTokenizer.from_pretrained(merged), settings.path("client"), settings.export
+    if not (folder / "client.py").is_file():
+        raise SlmError(f"{folder}/client.py: not there; take it back from your project's history or template.")
     prompt = render(tokenizer, contract.prompt(PROBE), add_generation_prompt=True)
     schema = _inlined(contract.schema)
     terms = {
