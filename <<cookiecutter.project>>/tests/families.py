@@ -72,6 +72,7 @@ class Family:
     marker: str = ""  # what `family` calls it
     rstrip: bool = False  # special tokens swallow the white space after them
     extra: tuple = ()
+    tokenizer: str = "PreTrainedTokenizerFast"  # its class in transformers
 
 
 FAMILIES = {f.name: f for f in (
@@ -83,19 +84,21 @@ FAMILIES = {f.name: f for f in (
     Family(
         "qwen3", "Qwen3Config", QWEN3, ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"),
         None, "<|im_end|>", ("<|im_end|>", "<|endoftext|>"), "qwen2", "chatml", extra=(("head_dim", 16),),
+        tokenizer="Qwen2Tokenizer",
     ),
     Family(
         "gemma3", "Gemma3TextConfig", GEMMA3, ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
         "<bos>", "<eos>", ("<eos>", "<end_of_turn>"), marker="gemma",
-        extra=(("head_dim", 16), ("sliding_window", 512), ("query_pre_attn_scalar", 16)),
+        extra=(("head_dim", 16), ("sliding_window", 512), ("query_pre_attn_scalar", 16)), tokenizer="GemmaTokenizer",
     ),
     Family(
         "phi3", "Phi3Config", PHI3, ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
         None, "<|endoftext|>", ("<|endoftext|>", "<|assistant|>", "<|end|>"), marker="phi", rstrip=True,
-        extra=(("original_max_position_embeddings", 2048), ("pad_token_id", 0)),
+        extra=(("original_max_position_embeddings", 2048), ("pad_token_id", 0)), tokenizer="LlamaTokenizer",
     ),
     Family(
         "mistral", "MistralConfig", MISTRAL, ("<unk>", "<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", ("</s>",), marker="mistral",
+        tokenizer="LlamaTokenizer",
     ),
 )}  # fmt: skip
 
@@ -124,6 +127,7 @@ def make_tokenizer(family: Family, folder: Path):
     )  # fmt: skip
     tokenizer.chat_template = family.template
     tokenizer.save_pretrained(folder)
+    set_keys(folder, tokenizer_class=family.tokenizer)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -205,7 +209,7 @@ def _sentencepiece(family: Family, folder: Path):
     return inner
 
 
-def hole(folder: Path, **change) -> None:
+def set_keys(folder: Path, **change) -> None:
     """Change keys of a folder's tokenizer_config.json."""
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))

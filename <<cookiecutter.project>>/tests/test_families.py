@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, hole, make_model, name_pre_tokenizer
+from families import FAMILIES, make_model, name_pre_tokenizer, set_keys
 from test_export import CONTRACT, ROWS
 
 from slm.errors import SlmError
@@ -96,11 +96,11 @@ def test_a_fault_in_the_conversion_is_named(exported, tmp_path, monkeypatch, nam
     """Guards against the conversion's own traps: what it reads from tokenizer_config.json, left out or wrong there."""
     merged = Path(shutil.copytree(exported(name)[1], tmp_path / "merged"))
     if fault == "types":
-        hole(merged, added_tokens_decoder={})
+        set_keys(merged, added_tokens_decoder={})
         tokenizer = json.loads((merged / "tokenizer.json").read_text())
         assert tokenizer["added_tokens"]
     elif fault == "space":
-        hole(merged, add_prefix_space=True)
+        set_keys(merged, add_prefix_space=True)
     elif fault == "name":
         monkeypatch.setattr(convert, "_swallows_space", lambda folder: False)
     file = exported.to_gguf(name, merged, tmp_path / "model-f16.gguf")
@@ -123,7 +123,7 @@ def test_another_familys_file_is_named(exported):
 def test_merged_end_of_another_kind_is_named(exported, tmp_path):
     """Guards against a merge that keeps <|end_of_text|> alone, so that Llama 3 never stops at its turn's end."""
     merged = Path(shutil.copytree(exported("llama3")[1], tmp_path / "merged"))
-    hole(merged, eos_token="<|end_of_text|>")
+    set_keys(merged, eos_token="<|end_of_text|>")
     (merged / "generation_config.json").write_text('{"eos_token_id": 1}')
     with pytest.raises(SlmError, match="its end token is .*neither tokenizer nor generation config ends at the chat's turn end"):
         prove_tokens(merged, exported("llama3")[2], chats())

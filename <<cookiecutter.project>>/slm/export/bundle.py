@@ -64,7 +64,7 @@ def release(settings, contract: Contract, merged: Path, report: dict) -> list[Pa
     note = f"run {run}: {report['chosen']}, {report['rows']} golden rows"
     for target, model in ((folder / "Modelfile", file), (settings.path("Modelfile"), f"outputs/gguf/{run}/{file}")):
         write_text(target, render_modelfile(settings, contract, merged, f"./{model}", note))
-        check_modelfile(settings, contract, merged, target, chats)
+        checked = check_modelfile(settings, contract, merged, target, chats)
     card = model_card.write(settings, contract, run, report)
     write_text(folder / "model_card.md", card.read_text(encoding="utf-8"))
     names = ("Modelfile", "export.json", "export.png", "model_card.md")
@@ -76,7 +76,7 @@ def release(settings, contract: Contract, merged: Path, report: dict) -> list[Pa
     registry.append(settings, "runs", {
         "stage": "export", "run_id": run, "status": "completed", "profile": settings.profile, "settings": settings.hash,
         "parents": {"train": train["hash"] if train else None, "base": settings.model.base, "contract": contract.schema_hash},
-        "runtime": report["runtime"], "chat_template": family(merged), "chosen": report["chosen"],
+        "runtime": report["runtime"], "chat_template": family(merged), "prompts_checked": checked, "chosen": report["chosen"],
         "verdict": report["verdict"], "metrics": {name: made["primary"] for name, made in report["made"].items()},
         "files": {str(f.relative_to(folder)): registry.file_hash(f) for f in files},
     })  # fmt: skip
