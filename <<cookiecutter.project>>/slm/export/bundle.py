@@ -72,11 +72,12 @@ def release(settings, contract: Contract, merged: Path, report: dict) -> list[Pa
     files += write_client(settings, contract, merged, folder / file)
     sums = "".join(f"{registry.file_hash(f)}  {f.relative_to(folder)}\n" for f in files)
     files.append(write_text(folder / "checksums.txt", sums))
+    template = family((merged / "chat_template.jinja").read_text(encoding="utf-8"))
     train = registry.latest(settings, "runs", stage="train", status="completed", run_id=run)
     registry.append(settings, "runs", {
         "stage": "export", "run_id": run, "status": "completed", "profile": settings.profile, "settings": settings.hash,
         "parents": {"train": train["hash"] if train else None, "base": settings.model.base, "contract": contract.schema_hash},
-        "runtime": report["runtime"], "chat_template": family(merged), "prompts_checked": checked, "chosen": report["chosen"],
+        "runtime": report["runtime"], "chat_template": template, "prompts_checked": checked, "chosen": report["chosen"],
         "verdict": report["verdict"], "metrics": {name: made["primary"] for name, made in report["made"].items()},
         "files": {str(f.relative_to(folder)): registry.file_hash(f) for f in files},
     })  # fmt: skip

@@ -68,11 +68,8 @@ class Turn:
         return f"{start}{{{{ .Prompt }}}}{self.reply}{{{{ .Response }}}}{self.end}"
 
 
-def family(merged: Path) -> str:
-    """The family of a model's chat template by its markers: chatml, llama3, gemma, phi, mistral or other."""
-    from transformers import AutoTokenizer
-
-    template = AutoTokenizer.from_pretrained(merged).chat_template
+def family(template: str) -> str:
+    """The family of a chat template by its markers: chatml, llama3, gemma, phi, mistral or other."""
     return next((name for name, marker in MARKERS.items() if marker in template), "other")
 
 
