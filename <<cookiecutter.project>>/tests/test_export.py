@@ -1,6 +1,5 @@
 """Export: a real merge, conversion, quantization and llama.cpp answers with the tiny model; planted faults are caught."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -55,6 +54,7 @@ def project(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("project")
     (root / "project.yaml").write_text("model: {base: tiny}\nevaluate: {max_new_tokens: 12, resamples: 100}\n")
+    shutil.copytree("client", root / "client")
     (root / "training/configs").mkdir(parents=True)
     (root / "training/configs/train_config.yaml").write_text("{}\n")
     write_rows(root / "data/eval/golden.jsonl", ROWS)
@@ -81,17 +81,6 @@ def chats():
     from slm.export.tokens import conversations
 
     return conversations(CONTRACT, ROWS)
-
-
-def damaged(project, tmp_path, change) -> Path:
-    """A copy of the f16 file with `change(reader)` applied to its header in place."""
-    from gguf import GGUFReader
-
-    copy = shutil.copy(project[2][0].path, tmp_path / "model-f16.gguf")
-    reader = GGUFReader(copy, "r+")
-    change(reader)
-    reader.data.flush()
-    return Path(copy)
 
 
 def test_merged_weights_are_base_plus_adapter(project):
@@ -121,40 +110,6 @@ def test_every_file_is_there_and_nothing_half_written(project):
     assert not [p for folder in folders for p in folder.iterdir() if p.name.startswith(".")]
 
 
-def test_tokens_are_the_same_in_every_file(project):
-    """Guards against the conversion that renders equal text and reads other tokens; hostile prompts are among them."""
-    from slm.export.tokens import HOSTILE, prove_tokens
-
-    _, merged, files = project
-    for file in files:
-        proof = prove_tokens(merged, file.path, chats())
-        assert proof.prompts == len(ROWS) + len(HOSTILE) and proof.eos == proof.turn_end == 2
-
-
-def test_lost_special_token_types_are_named(project, tmp_path):
-    """Guards against <|im_start|> read as plain text, which drops the score at f16 and q8_0 alike."""
-    from slm.export.tokens import prove_tokens
-
-    def lose(reader):
-        field = reader.get_field("tokenizer.ggml.token_type")
-        for index in field.data[:17]:
-            field.parts[index][0] = 1
-
-    with pytest.raises(SlmError, match=r"special tokens lost their type \(<\|im_start\|>.*22 of 22 prompts have other token ids"):
-        prove_tokens(project[1], damaged(project, tmp_path, lose), chats())
-
-
-def test_wrong_end_token_in_the_file_is_named(project, tmp_path):
-    """Guards against generation that never stops because the file ends with another token."""
-    from slm.export.tokens import prove_tokens
-
-    def other(reader):
-        reader.get_field("tokenizer.ggml.eos_token_id").parts[-1][0] = 7
-
-    with pytest.raises(SlmError, match=r"its end token is 7, the tokenizer's is 2 \(<\|im_end\|>\)"):
-        prove_tokens(project[1], damaged(project, tmp_path, other), chats())
-
-
 def test_wrong_end_token_after_the_merge_is_named(project, tmp_path):
     """Guards against a merge that rewrites eos_token (unsloth#5386)."""
     from slm.export.merge import merge_folders
@@ -166,55 +121,6 @@ def test_wrong_end_token_after_the_merge_is_named(project, tmp_path):
     with pytest.raises(SlmError, match="end tokens changed in the merge"):
         merge_folders(tiny_folder(), adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists() and [p.name for p in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_truncated_file_is_refused(project, tmp_path):
-    """Guards against half a download or a full disk: the file must not be loaded, scored or shipped."""
-    from slm.export.tokens import prove_tokens
-    from slm.models.llama_cpp import LlamaCppModel
-
-    half = tmp_path / "model-f16.gguf"
-    half.write_bytes(project[2][0].path.read_bytes()[:-500_000])
-    with pytest.raises(SlmError, match="cannot read it"):
-        prove_tokens(project[1], half, chats())
-    with pytest.raises(SlmError, match="cannot load it"):
-        LlamaCppModel(half)
-
-
-def test_another_tokenizer_is_named(project, tmp_path):
-    """Guards against a file made from another checkpoint, or a tokenizer changed after training."""
-    from slm.export.tokens import prove_tokens
-
-    folder = shutil.copytree(project[1], tmp_path / "merged")
-    data = json.loads((folder / "tokenizer.json").read_text())
-    data["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(SlmError, match="other token ids"):
-        prove_tokens(folder, project[2][0].path, chats())
-
-
-def test_a_vocabulary_that_aborts_the_runtime_is_an_error_not_a_crash(project, tmp_path):
-    """Guards against a dead kernel: llama.cpp ends the process when a vocabulary lacks its byte tokens."""
-    from slm.export.tokens import prove_tokens
-
-    def spoil(reader):
-        field = reader.get_field("tokenizer.ggml.model")
-        field.parts[-1][:] = list(b"bert")
-
-    with pytest.raises(SlmError, match="cannot read it|not the model that was trained"):
-        prove_tokens(project[1], damaged(project, tmp_path, spoil), chats())
-
-
-def test_another_chat_template_is_named(project, tmp_path):
-    """Guards against messages rendered otherwise than in training, the commonest cause of garbage in a runtime."""
-    from slm.export.tokens import prove_tokens
-
-    def other(reader):
-        part = reader.get_field("tokenizer.chat_template").parts[-1]
-        part[:] = list(bytes(part).replace(b"<|im_end|>' + '", b"<|im_END|>' + '"))
-
-    with pytest.raises(SlmError, match="chat template renders"):
-        prove_tokens(project[1], damaged(project, tmp_path, other), chats())
 
 
 def test_quantized_base_is_refused(tmp_path):
@@ -413,8 +319,9 @@ def test_release_writes_the_bundle_and_the_root_files(project, scored, monkeypat
     root = settings.path("Modelfile").read_text()
     assert root.startswith("# run t:") and f"FROM ./outputs/gguf/t/model-{chosen}.gguf\n" in root
     assert (folder / "model_card.md").read_text() == f"card of t: {chosen}\n" and (folder / "export.png").stat().st_size > 5000
+    assert (folder / "client/client.py").read_bytes() == Path("client/client.py").read_bytes()
     record = registry.latest(settings, "runs", stage="export")
-    assert record["chosen"] == chosen and set(record["files"]) >= {"model-f16.gguf", "Modelfile", "export.json"}
+    assert record["chosen"] == chosen and set(record["files"]) >= {"model-f16.gguf", "Modelfile", "export.json", "client/contract.json"}
 
 
 def test_nothing_is_released_when_no_file_holds(project, tmp_path):
@@ -423,98 +330,3 @@ def test_nothing_is_released_when_no_file_holds(project, tmp_path):
 
     with pytest.raises(SlmError, match="Nothing is released"):
         release(project[0], CONTRACT, project[1], {"chosen": None, "verdict": "no file holds."})
-
-
-TEMPLATES = {  # written from the documented formats
-    "chatml": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}<|im_start|>user\n{{ .Prompt }}<|im_end|>\n"
-        "<|im_start|>assistant\n{{ .Response }}<|im_end|>\n",
-    ),
-    "llama3": (
-        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-        "{{ if .System }}<|start_header_id|>system<|end_header_id|>\n\n{{ .System }}<|eot_id|>{{ end }}"
-        "<|start_header_id|>user<|end_header_id|>\n\n{{ .Prompt }}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-        "{{ .Response }}<|eot_id|>",
-    ),
-    "gemma": (
-        "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
-        "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}<start_of_turn>"
-        "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ first if loop.first else '' }}{{ m.content | trim }}<end_of_turn>\n"
-        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-        "{{ if .System }}<start_of_turn>user\n{{ .System }}\n\n{{ else }}<start_of_turn>user\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
-        "<start_of_turn>model\n{{ .Response }}<end_of_turn>\n",
-    ),
-    "phi": (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-        "{{ if .System }}<|system|>{{ .System }}<|end|>{{ end }}<|user|>{{ .Prompt }}<|end|><|assistant|>{{ .Response }}<|end|>",
-    ),
-    "mistral": (
-        "{% if messages[0].role == 'system' %}{% set s = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}{% else %}"
-        "{% set s = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
-        "[INST] {{ s if loop.last else '' }}{{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
-        "{{ if .System }}[INST] {{ .System }}\n\n{{ else }}[INST] {{ end }}{{ .Prompt }}[/INST]{{ .Response }}</s>",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_modelfile_template_is_the_chat_template(project, name):
-    """Guards against a Go template that renders another prompt than training did, in each of the five families."""
-    from transformers import AutoTokenizer
-
-    from slm.export.modelfile import check_template, family, read_turn
-
-    tokenizer = AutoTokenizer.from_pretrained(project[1])
-    tokenizer.chat_template, expected = TEMPLATES[name]
-    assert family(tokenizer.chat_template) == name and read_turn(tokenizer).go == expected
-    assert check_template(tokenizer, [CONTRACT.messages(row)[:-1] for row in ROWS]) == len(ROWS)
-
-
-@pytest.mark.parametrize("template, problem", [
-    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes, moves or repeats"),
-    ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}", "no system role"),
-])  # fmt: skip
-def test_template_that_fits_no_modelfile_is_refused(project, template, problem):
-    """Guards against a Modelfile that silently drops the system prompt or changes the text."""
-    from transformers import AutoTokenizer
-
-    from slm.export.modelfile import read_turn
-
-    tokenizer = AutoTokenizer.from_pretrained(project[1])
-    tokenizer.chat_template = template
-    with pytest.raises(SlmError, match=problem):
-        read_turn(tokenizer)
-
-
-def test_modelfile_carries_prompt_parameters_and_stop(project):
-    """Guards against Ollama's own defaults (temperature 0.8, repeat_penalty 1.1) and a missing stop token."""
-    from transformers import AutoTokenizer
-
-    from slm.export.modelfile import render_modelfile
-
-    text = render_modelfile(project[0], CONTRACT, AutoTokenizer.from_pretrained(project[1]), "./model-q8_0.gguf")
-    assert 'SYSTEM """Name the colour. JSON only."""' in text and 'PARAMETER stop "<|im_end|>"' in text
-    assert "PARAMETER temperature 0\nPARAMETER top_p 1\nPARAMETER repeat_penalty 1.05\n" in text
-    assert "SmolLM, trained by" not in text
-
-
-def test_thinking_switch_is_off_in_what_is_shipped(project):
-    """Guards against a runtime that asks a plain-answer model to think, having no such switch."""
-    from transformers import AutoTokenizer
-
-    from slm.export.merge import pin_template
-
-    tokenizer = AutoTokenizer.from_pretrained(project[1])
-    tokenizer.chat_template = "{% if enable_thinking is defined and enable_thinking is false %}off{% else %}on{% endif %}"
-    pin_template(tokenizer)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "off"
-
-
-def test_committed_modelfile_belongs_to_the_default_base():
-    """Guards against a root Modelfile that Ollama cannot read before the first export has replaced it."""
-    text = Path("Modelfile").read_text(encoding="utf-8")
-    assert text.count('"""') == 4 and "\nFROM ./outputs/gguf/" in text and "PARAMETER temperature 0\n" in text

@@ -8,7 +8,8 @@ from slm import registry
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.export import parity
-from slm.export.modelfile import check_template, family, render_modelfile
+from slm.export.client import write_client
+from slm.export.modelfile import check_modelfile, family, render_modelfile
 from slm.export.parity import Scored
 from slm.export.quantize import gguf_folder
 from slm.export.tokens import TokenProof
@@ -50,36 +51,35 @@ def write_report(
 
 
 def release(settings, contract: Contract, merged: Path, report: dict) -> list[Path]:
-    """Write Modelfile, model card and checksums for a proven export, here and in the project's root; record the run.
+    """Write Modelfile, model card, client and checksums for a proven export, here and in the project's root; record the run.
     Raises SlmError when no file held, or when the Modelfile's template is not the tokenizer's on every golden prompt.
     """
-    from transformers import AutoTokenizer
-
     from slm.report import model_card
 
     folder, run = gguf_folder(settings), settings.run_id
     if not report["chosen"]:
         raise SlmError(f"outputs/gguf/{run}: {report['verdict']} Nothing is released.")
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    checked = check_template(tokenizer, [contract.messages(row)[:-1] for row in parity.golden_rows(settings)])
+    chats = [contract.messages(row)[:-1] for row in parity.golden_rows(settings)]
     file = report["made"][report["chosen"]]["file"]
-    note = f"run {run}: {report['chosen']}, {report['rows']} golden rows, template checked on {checked}"
-    write_text(folder / "Modelfile", render_modelfile(settings, contract, tokenizer, f"./{file}", note))
+    note = f"run {run}: {report['chosen']}, {report['rows']} golden rows"
+    for target, model in ((folder / "Modelfile", file), (settings.path("Modelfile"), f"outputs/gguf/{run}/{file}")):
+        write_text(target, render_modelfile(settings, contract, merged, f"./{model}", note))
+        checked = check_modelfile(settings, contract, merged, target, chats)
     card = model_card.write(settings, contract, run, report)
     write_text(folder / "model_card.md", card.read_text(encoding="utf-8"))
     names = ("Modelfile", "export.json", "export.png", "model_card.md")
     files = [*sorted(folder.glob("model-*.gguf")), *(folder / name for name in names)]
-    sums = "".join(f"{registry.file_hash(f)}  {f.name}\n" for f in files)
+    files += write_client(settings, contract, merged, folder / file)
+    sums = "".join(f"{registry.file_hash(f)}  {f.relative_to(folder)}\n" for f in files)
     files.append(write_text(folder / "checksums.txt", sums))
-    text = render_modelfile(settings, contract, tokenizer, f"./outputs/gguf/{run}/{file}", note)
-    write_text(settings.path("Modelfile"), text)
+    template = family((merged / "chat_template.jinja").read_text(encoding="utf-8"))
     train = registry.latest(settings, "runs", stage="train", status="completed", run_id=run)
     registry.append(settings, "runs", {
         "stage": "export", "run_id": run, "status": "completed", "profile": settings.profile, "settings": settings.hash,
         "parents": {"train": train["hash"] if train else None, "base": settings.model.base, "contract": contract.schema_hash},
-        "runtime": report["runtime"], "chat_template": family(tokenizer.chat_template), "chosen": report["chosen"],
+        "runtime": report["runtime"], "chat_template": template, "prompts_checked": checked, "chosen": report["chosen"],
         "verdict": report["verdict"], "metrics": {name: made["primary"] for name, made in report["made"].items()},
-        "files": {f.name: registry.file_hash(f) for f in files},
+        "files": {str(f.relative_to(folder)): registry.file_hash(f) for f in files},
     })  # fmt: skip
     return files
 

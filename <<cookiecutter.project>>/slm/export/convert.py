@@ -1,5 +1,6 @@
 """Hugging Face folder to f16 GGUF with llama.cpp's own converter, of the very release that the runtime was built from."""
 
+import json
 import os
 import subprocess
 import sys
@@ -57,11 +58,19 @@ def convert(folder: Path, target: Path, name: str = "model") -> Path:
     env = {k: v for k, v in os.environ.items() if k not in ("NO_LOCAL_GGUF", "PYTHONPATH")}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with whole(target) as work:
+        name += " (phi-3 tokens)" if _swallows_space(folder) else ""
         command = [sys.executable, str(script), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         if done.returncode or not work.is_file():
             raise SlmError(f"{folder}: the GGUF converter stopped (exit code {done.returncode}): {_last_words(done.stderr)}")
     return target
+
+
+def _swallows_space(folder: Path) -> bool:
+    """Whether special tokens drop the white space after them, which llama.cpp knows by the name "phi-3" alone."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return any(token["special"] and token["rstrip"] for token in config.get("added_tokens_decoder", {}).values())
 
 
 def _download(package: str, folder: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from slm.errors import SlmError
 from slm.export.files import require_space, weight_bytes, whole
 from slm.models import base_folder
-from slm.train.encode import generation_ends, render
+from slm.train.encode import DATE, generation_ends, render
 
 SENTINEL = "Zq7xAnswerZq7x"
 
@@ -71,9 +71,11 @@ def merge_folders(base: Path, adapter: Path, target: Path) -> Path:
 
 
 def pin_template(tokenizer) -> None:
-    """Fix the thinking switch of a template to "off", as in training: a runtime that renders it has no such switch."""
-    if "enable_thinking" in tokenizer.chat_template:
-        tokenizer.chat_template = "{%- set enable_thinking = false -%}\n" + tokenizer.chat_template
+    """Fix what a template asks of its caller as in training, thinking off and the date: a runtime that renders it has
+    no such switch, and would write today's."""
+    for name, value in (("enable_thinking", "false"), ("date_string", f'"{DATE}"')):
+        if name in tokenizer.chat_template:
+            tokenizer.chat_template = f"{{%- set {name} = {value} -%}}\n" + tokenizer.chat_template
 
 
 def complete_tokenizer(tokenizer, base: Path, folder: Path) -> None:
@@ -83,9 +85,17 @@ def complete_tokenizer(tokenizer, base: Path, folder: Path) -> None:
     names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     added = sorted(tokenizer.added_tokens_decoder.items())
     config["added_tokens_decoder"] = {str(n): {name: getattr(token, name) for name in names} for n, token in added}
+    # Left open, llama.cpp decides by the kind of vocabulary.
+    config["add_bos_token"] = adds_bos(tokenizer)
+    config["add_prefix_space"] = tokenizer.tokenize(f"{tokenizer.eos_token}x")[1].startswith("▁")
     file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     if (base / "tokenizer.model").is_file() and not (folder / "tokenizer.model").exists():
         shutil.copy(base / "tokenizer.model", folder)
+
+
+def adds_bos(tokenizer) -> bool:
+    """Whether the tokenizer puts a BOS in front of plain text by itself, as every runtime then does."""
+    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def read_ends(folder: Path) -> Ends:

@@ -62,9 +62,9 @@ class HFModel:
 
     def render(self, messages: list[dict]) -> str:
         """The chat as the model sees it, ready for its answer; without thinking, as it was trained."""
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        from slm.train.encode import render
+
+        return render(self.tokenizer, messages, add_generation_prompt=True)
 
     def answer(self, prompts: list[Prompt]) -> list[Answer]:
         """One answer per prompt, in order; constrained to `schema` where a prompt has one."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from slm.errors import SlmError
 from slm.models import base_folder
 
+DATE = "26 Jul 2024"  # what Llama 3's own template falls back to
+
 
 @dataclass(frozen=True)
 class Example:
@@ -45,8 +47,9 @@ def generation_ends(folder) -> list[int]:
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
-    """A conversation as text. Thinking templates are asked for the plain answer, which is what the rows hold."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+    """A conversation as text. Thinking templates are asked for the plain answer, which is what the rows hold; templates
+    that write today's date (Llama 3) for one date, lest every day has a prompt of its own."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, date_string=DATE, **options)
 
 
 def encode(rows, contract, tokenizer, stops: set[int], max_length: int) -> list[Example]:

@@ -1,0 +1,115 @@
+"""Ask the served model: the prompt as trained, constrained JSON, an answer that obeys the contract or an error.
+Works anywhere beside contract.json, which 08_export writes; needs Python and `pip install jsonschema`, no more."""
+
+import argparse
+import json
+import os
+import sys
+import unicodedata
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+FORMS = ("json_schema", "json_object")  # the second for servers that know only the older form (llama-cpp-python's)
+
+
+class ClientError(Exception):
+    """The server did not answer, or its answer breaks the contract."""
+
+
+def load(folder: Path | None = None) -> dict:
+    """contract.json, from beside this file unless a folder is given."""
+    file = (folder or Path(__file__).parent) / "contract.json"
+    if not file.is_file():
+        raise ClientError(f"{file}: not there; 08_export writes it.")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def body(contract: dict, text: str, form: str = FORMS[0]) -> dict:
+    """The request for one input: system prompt and text as trained, greedy decoding, the schema to be held to."""
+    text = unicodedata.normalize("NFC", text) if contract["nfc"] else text
+    text = text.strip() if contract["strip"] else text
+    schema = {"name": "output", "schema": contract["schema"], "strict": True}
+    held = {"json_schema": schema} if form == FORMS[0] else {"schema": contract["schema"]}
+    messages = [{"role": "system", "content": contract["system"]}, {"role": "user", "content": text}]
+    request = {"model": contract["model"], "messages": messages, **contract["sampling"]}
+    return request | {"response_format": {"type": form, **held}}
+
+
+def post(contract: dict, text: str, timeout: float = 60.0) -> dict:
+    """The server's reply. Raises ClientError when it refuses or cannot be reached."""
+    url, key = f"{contract['url'].rstrip('/')}/chat/completions", os.environ.get("API_KEY", "none")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    for form in FORMS:
+        request = urllib.request.Request(url, json.dumps(body(contract, text, form)).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            if form == FORMS[-1] or "response_format" not in said:
+                raise ClientError(f"{url}: HTTP {error.code}: {said[:200]}") from None
+        except (OSError, ValueError) as error:
+            raise ClientError(f"{url}: no answer ({error}); is the server running?") from None
+
+
+def ask(contract: dict, text: str) -> dict:
+    """The value for one input. Raises ClientError for an answer that did not end, is no JSON or breaks the schema."""
+    import jsonschema
+
+    reply = post(contract, text)
+    try:
+        answer, finish = reply["choices"][0]["message"]["content"], reply["choices"][0]["finish_reason"]
+        value = json.loads(answer)
+    except (KeyError, IndexError, TypeError):
+        raise ClientError(f"no answer in the reply: {str(reply)[:200]}") from None
+    except ValueError as error:
+        raise ClientError(f"the answer is not JSON ({error}; finish_reason {finish}): {answer[:200]!r}") from None
+    if finish != "stop":
+        raise ClientError(f"the answer did not end by itself (finish_reason {finish}): {answer[:200]!r}")
+    problems = jsonschema.Draft202012Validator(contract["schema"]).iter_errors(value)
+    if problem := jsonschema.exceptions.best_match(problems):
+        raise ClientError(f"the answer breaks the contract at {problem.json_path}: {problem.message}")
+    return value
+
+
+def check(contract: dict) -> int:
+    """Whether the server builds the prompt that was trained: counted in its own tokens, returned. Raises ClientError
+    when the count is another: another chat template, a doubled BOS, another system prompt or tokenizer."""
+    wanted, reply = contract["probe"]["prompt_tokens"], post(contract, contract["probe"]["text"])
+    found = reply.get("usage", {}).get("prompt_tokens")
+    if found != wanted:
+        raise ClientError(
+            f"{contract['url']}: the prompt has {found} tokens there and had {wanted} in training; "
+            "the server uses another chat template, system prompt, tokenizer or BOS."
+        )
+    return found
+
+
+def main() -> None:
+    """The command line: the value as JSON on standard output, or one line on standard error and exit code 1."""
+    try:
+        contract = load()
+    except ClientError as error:
+        raise SystemExit(f"error: {error}") from None
+    parser = argparse.ArgumentParser(description=f"Ask {contract['model']}.")
+    parser.add_argument("text", nargs="?", help="the input; standard input when left out")
+    parser.add_argument("--url", default=contract["url"], help="the server, up to /v1")
+    parser.add_argument("--model", default=contract["model"], help="its name there")
+    parser.add_argument("--check", action="store_true", help="only see whether the server builds the trained prompt")
+    parser.add_argument("--body", choices=FORMS, help="only print the request, for curl")
+    options = parser.parse_args()
+    contract |= {"url": options.url, "model": options.model}
+    text = "" if options.check else sys.stdin.read() if options.text is None else options.text
+    try:
+        if options.check:
+            print(f"{check(contract)} prompt tokens, as trained")
+        else:
+            shown = body(contract, text, options.body) if options.body else ask(contract, text)
+            print(json.dumps(shown, ensure_ascii=False))
+    except ClientError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The client asks as trained, is held to the schema, and fails loudly; against a real server and against a lying one."""
+
+# ruff: noqa: F401, F811
+
+import importlib.util
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+from test_export import CONTRACT, project
+
+
+class Colour(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    colour: Literal["red", "blue"]
+    sure: bool
+
+
+SHORT = replace(CONTRACT, output=Colour)  # no free text: a random model under the grammar always ends
+
+
+@pytest.fixture(scope="module")
+def folder(project):
+    """client/ of the tiny model, as 08 writes it beside the file."""
+    from slm.export.client import write_client
+    from slm.settings import load_settings
+
+    settings, merged, files = project
+    settings = load_settings(start=settings.root, run_id="t", overrides={"evaluate.max_new_tokens": 48})
+    written = write_client(settings, SHORT, merged, files[0].path)
+    assert [f.name for f in written] == ["README.md", "client.py", "contract.json", "request.json"]
+    return written[0].parent
+
+
+@pytest.fixture(scope="module")
+def client(folder):
+    """The shipped client.py as a module."""
+    spec = importlib.util.spec_from_file_location("client", folder / "client.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    """llama-cpp-python's own server with the tiny model's f16 file."""
+    for name in ("fastapi", "sse_starlette", "starlette_context", "pydantic_settings", "uvicorn"):
+        pytest.importorskip(name, reason="llama-cpp-python's server is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(folder.parent / "model-f16.gguf"), "--n_ctx", "1024"]
+    server = subprocess.Popen([*command, "--port", str(port), "--n_threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    address = f"http://127.0.0.1:{port}/v1"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, server.stderr.read().decode()[-2000:]
+            try:
+                urllib.request.urlopen(f"{address}/models", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def lying():
+    """A function: start a server that answers so; returns its address and the requests that it got."""
+    servers, got = [], []
+
+    def start(content: str, finish: str = "stop", status: int = 200, tokens: int = 0):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                old = got[-1]["response_format"]["type"] == "json_schema" and status == 422
+                reply = {"choices": [{"message": {"content": content}, "finish_reason": finish}], "usage": {"prompt_tokens": tokens}}
+                self.send_response(422 if old else status if status != 422 else 200)
+                self.end_headers()
+                self.wfile.write(json.dumps({"detail": "response_format: not json_object"} if old else reply).encode())
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/v1", got
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_real_server_answers_in_the_contracts_terms(client, folder, url):
+    """Guards against a client that works in its own tests alone: prompt, schema and answer through a real runtime."""
+    contract = client.load() | {"url": url}
+    assert client.check(contract) == contract["probe"]["prompt_tokens"] > 30
+    value = client.ask(contract, "The sky at noon.")
+    assert SHORT.parse(json.dumps(value)).error is None
+    command = [sys.executable, str(folder / "client.py"), "--url", url]
+    done = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "as trained" in done.stdout, done.stderr
+
+
+def test_another_system_prompt_at_the_server_is_named(client, url):
+    """Guards against garbage answers from a server that renders another prompt than training did."""
+    with pytest.raises(client.ClientError, match="another chat template, system prompt"):
+        client.check(client.load() | {"url": url, "system": "You are a helpful assistant."})
+
+
+def test_curl_sends_the_same_request(client, folder, url):
+    """Guards against a curl line that only looks right."""
+    if not shutil.which("curl"):
+        pytest.skip("no curl on this machine")
+    command = [sys.executable, str(folder / "client.py"), "--body", "json_object", "The sea."]
+    body = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    line = ["curl", "-s", f"{url}/chat/completions", "-H", "Content-Type: application/json", "-d", "@-"]
+    reply = json.loads(subprocess.run(line, input=body, capture_output=True, text=True, check=True).stdout)
+    assert SHORT.parse(reply["choices"][0]["message"]["content"]).error is None
+
+
+def test_request_is_the_trained_prompt_and_parameters(client, folder, lying):
+    """Guards against another prompt, sampling at random, an unbounded answer, or a schema that is not sent."""
+    address, got = lying('{"colour": "red", "sure": true}')
+    client.ask(client.load() | {"url": address}, "Blood.")
+    sent = got[0]
+    assert sent["messages"] == SHORT.prompt("Blood.") and sent["response_format"]["json_schema"]["schema"]["required"] == ["colour", "sure"]
+    assert (sent["temperature"], sent["top_p"], sent["repeat_penalty"], sent["max_tokens"]) == (0, 1, 1.05, 48)
+    assert sent["stop"] == ["<|im_end|>"]
+    request = json.loads((folder / "request.json").read_text())
+    assert request == client.body(client.load(), client.load()["probe"]["text"])
+
+
+def test_text_is_composed_and_trimmed_where_training_did(client):
+    """Guards against an accent or a line end that gives other tokens than in training (Qwen, Llama 3, Gemma)."""
+    contract = client.load()
+    assert client.body(contract, " e\u0301\n")["messages"][1]["content"] == " e\u0301\n"
+    assert client.body(contract | {"nfc": True, "strip": True}, " e\u0301\n")["messages"][1]["content"] == "\u00e9"
+
+
+@pytest.mark.parametrize("content, finish, status, problem", [
+    ('{"colour": "green", "sure": true}', "stop", 200, r"breaks the contract at \$.colour: 'green'"),
+    ('{"colour": "red"}', "stop", 200, "'sure' is a required property"),
+    ('{"colour": "red", "sure": true, "x": 1}', "stop", 200, "Additional properties"),
+    ('{"colour": "red", "sure": true}', "length", 200, "did not end by itself"),
+    ("Red, I think.", "stop", 200, "not JSON"),
+    ("", "stop", 500, "HTTP 500"),
+])  # fmt: skip
+def test_a_bad_answer_is_an_error(client, lying, content, finish, status, problem):
+    """Guards against a wrong, cut or free answer that passes for a value."""
+    address, _ = lying(content, finish, status)
+    with pytest.raises(client.ClientError, match=problem):
+        client.ask(client.load() | {"url": address}, "x")
+
+
+def test_older_form_of_constraint_is_tried(client, lying):
+    """Guards against a server that refuses json_schema and would then be asked without any constraint."""
+    address, got = lying('{"colour": "red", "sure": false}', status=422)
+    assert client.ask(client.load() | {"url": address}, "x") == {"colour": "red", "sure": False}
+    assert [sent["response_format"]["type"] for sent in got] == ["json_schema", "json_object"]
+    assert got[1]["response_format"]["schema"] == client.load()["schema"]
+
+
+def test_no_server_and_no_contract_say_so(client, folder, tmp_path):
+    """Guards against a traceback on a machine where nothing is started or nothing was exported yet."""
+    with pytest.raises(client.ClientError, match="is the server running"):
+        client.ask(client.load() | {"url": "http://127.0.0.1:9/v1"}, "x")
+    alone = shutil.copy(folder / "client.py", tmp_path)
+    done = subprocess.run([sys.executable, alone, "x"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.strip().endswith("contract.json: not there; 08_export writes it.")
+
+
+def test_client_needs_nothing_of_the_project():
+    """Guards against a client that cannot leave the project."""
+    text = Path("client/client.py").read_text()
+    assert "slm" not in text and "task" not in text
