@@ -38,11 +38,9 @@ def stale_exports(root: Path) -> list[str]:
     stale = []
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         module, cells = exports(path)
-        if module is None:
-            continue
         file = root / "task" / f"{module}.py"
         code = file.read_text(encoding="utf-8") if file.is_file() else ""
-        if any(cell not in code for cell in cells):
+        if module and any(cell not in code for cell in cells):
             stale.append(path.name)
     return stale
 

@@ -11,17 +11,17 @@ import numpy as np
 
 from slm import registry
 from slm.curate import gates, leakage
-from slm.curate.coverage import coverage
+from slm.curate.coverage import shares, tally
 from slm.curate.decisions import read_decisions
 from slm.curate.engine import Job, Judged, Local, embed, judge
 from slm.curate.plots import plot_funnel
-from slm.curate.read import Chunk, Verdict, chunks, read_candidates, replacing
+from slm.curate.read import Chunk, Verdict, chunks, read_candidates
 from slm.curate.split import split_file
 from slm.curate.text import skeleton, text_of, words
 from slm.curate.versions import record_dataset, writing
 from slm.errors import SlmError
 from slm.generate.plan import batches, languages
-from slm.rows import Row, iter_rows
+from slm.rows import Row, iter_rows, replacing
 
 SEED, ALL = "data/raw/seed.jsonl", "data/accepted/all.jsonl"
 
@@ -142,12 +142,13 @@ def curate(
         steps, total, path = judged.steps, len(judged.ids) + removed, settings.path(ALL)
         if removed:
             steps.insert(0, {"gate": "removed", "in": total, "rejected": removed, "out": len(judged.ids)})
-        table = coverage(iter_rows(path), contract, languages(settings))
+        found = tally(iter_rows(path))
+        table = shares(found, contract, languages(settings))
         uneven = table[~table["verdict"].isin(["", "ok"])]
         short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
         steps.append({"gate": "coverage", "in": kept, "rejected": 0, "out": kept, "warnings": short})
         parents = {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files}
-        record = record_dataset(settings, path, split_file(settings, path), parents, steps)
+        record = record_dataset(settings, path, split_file(settings, path), parents, steps, found)
     return Curated(
         total, kept, refused + removed, path, sorted(streams), steps, record, _planted(settings, judged), table,
         judged.tokens, judged.similarities, np.array(judged.measures),

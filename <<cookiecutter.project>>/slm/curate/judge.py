@@ -1,6 +1,5 @@
 """The optional judge: a model scores rows by the rubric; its word counts only once it agrees with people."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from slm.errors import SlmError
 from slm.generate.plan import batches
 from slm.models.base import Answer, Prompt
 from slm.models.openai_api import OpenAIModel, run
-from slm.rows import Row, from_any
+from slm.rows import Row, digest, from_any
 
 TOKENS = 600  # room for one reply
 
@@ -38,9 +37,7 @@ class Judge:
         """Judge the rows that people decided (edited rows as edited), say how far they agree, and whether it is enough."""
         decisions, cfg, rows = read_decisions(self.settings), self.cfg, []
         for row in find_rows(self.settings, set(decisions)):
-            answer = decisions[row.id].answer or row.answer
-            last = row.messages[-1].model_copy(update={"content": answer})
-            rows.append(row.model_copy(update={"messages": [*row.messages[:-1], last]}))
+            rows.append(row.answered(decisions[row.id].answer or row.answer))
         replies = [(row.id, reply) for row, reply in zip(rows, self.ask(rows), strict=True) if reply is not None]
         pairs = [(decisions[row_id].decision != "reject", not refusal(reply)[0]) for row_id, reply in replies]
         kappa, low, high = agreement(pairs)
@@ -55,7 +52,7 @@ class Judge:
     def ask(self, rows: list[Row]) -> list[str | None]:
         """The judge's reply to each row, None where the budget ended. Raises SlmError when the endpoint fails for good."""
         prompts = [self.prompt(row) for row in rows]
-        keys = [(row.id, digest(self.model.fingerprint + text)) for row, text in zip(rows, prompts, strict=True)]
+        keys = [(row.id, digest(self.model.fingerprint + text, 16)) for row, text in zip(rows, prompts, strict=True)]
         todo = [(key, text) for key, text in zip(keys, prompts, strict=True) if key not in self.known]
         while todo:
             spent = [line["money"] for line in cost.entries(self.settings, "data_review_cost") if "judge" in line]
@@ -82,11 +79,6 @@ class Judge:
 
     def _money(self, tokens_in: int, tokens_out: int) -> float:
         return cost.token_money(tokens_in, tokens_out, self.cfg.judge.usd_per_1m_input, self.cfg.judge.usd_per_1m_output)
-
-
-def digest(text: str) -> str:
-    """16 hex digits of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def agreement(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float]:

@@ -1,9 +1,7 @@
 """Tolerant reading: every line of a batch becomes a candidate, readable or not; none is lost."""
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,21 +113,3 @@ def _finite(text: str) -> float:
     if (value := float(text)) in (float("inf"), float("-inf")):
         raise ValueError(f"{text[:20]} is too large")
     return value
-
-
-@contextmanager
-def replacing(path: Path):
-    """A binary stream whose content takes the place of `path` at the end, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise SlmError(f"{path}: cannot write ({error.strerror}); nothing was changed. Free some space, run again.") from None
-    finally:
-        part.unlink(missing_ok=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 from slm import registry
 from slm.curate import privacy
 from slm.curate.decisions import Decision, decide, read_decisions
-from slm.curate.judge import Judge, digest, find_rows
+from slm.curate.judge import Judge, find_rows
 from slm.curate.read import Verdict
 from slm.curate.rubric import refusal
 from slm.errors import SlmError
-from slm.rows import Row, iter_lines
+from slm.rows import Row, digest, iter_lines
 
 PROVEN = ("json_validity", "schema_validity", "contract_validity", "length", "personal_data", "evaluation_leakage", "removed")
 WHY = ("sign-off", "judge refuses", "contradiction", "borderline", "high risk", "random sample")  # most pressing first
@@ -118,7 +118,7 @@ def review(settings, contract) -> "Review":
             continue
         row, proof, why = Row.model_validate(record["row"]), record["evidence"], []
         if gate in ("", "judge", "human_review"):
-            insort(sample, (digest(f"{cfg.seed}:{row.id}"), row), key=lambda pair: pair[0])
+            insort(sample, (digest(f"{cfg.seed}:{row.id}", 16), row), key=lambda pair: pair[0])
             del sample[cfg.review_sample :]
         if gate == "expert_signoff":
             why.append(f"sign-off: {proof['field']}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from slm import cost
-from slm.generate.plan import _records, seed_rows
+from slm.generate.plan import records, seed_rows
 from slm.generate.teacher import Purse, teachers
 from slm.rows import read_rows
 
@@ -86,21 +86,18 @@ def acceptance(settings, *by: str):
     if accepted.is_file():
         files = [(accepted, "accepted"), *((f, "refused") for f in sorted(settings.path("data/rejected").glob("*.jsonl")))]
         for file, state in files:
-            for row in (record.get("row", record) for record in _records(file)):
+            for row in (record.get("row", record) for record in records(file)):
                 meta = row.get("meta", {})
                 made = meta.get("provenance", {})
-                if made.get("teacher") and (row["id"], state) not in seen and (row["id"], "accepted") not in seen:
-                    seen.add((row["id"], state))
+                if made.get("teacher") and row["id"] not in seen:
+                    seen.add(row["id"])
                     lines.append({**meta, **made, "state": state})
         for file in sorted(settings.path("data/generated").glob("*.unread.txt")):
-            lines += [{**r, "state": "unread"} for r in _records(file) if not r["reason"].startswith("prose")]
-    columns = [*by, "written", "accepted", "refused", "unread", "rate"]
-    found = Counter((*(str(line.get(name) or "-") for name in by), line["state"]) for line in lines)
-    table = []
-    for cell in sorted({key[:-1] for key in found}):
-        states = [found[*cell, state] for state in ("accepted", "refused", "unread")]
-        table.append((*cell, sum(states), *states, round(states[0] / sum(states), 3)))
-    return pd.DataFrame(table, columns=columns)
+            lines += [{**r, "state": "unread"} for r in records(file) if not r["reason"].startswith("prose")]
+    states = ["accepted", "refused", "unread"]
+    cells = [[*(str(line.get(name) or "-") for name in by), 1, *(int(line["state"] == s) for s in states)] for line in lines]
+    table = pd.DataFrame(cells, columns=[*by, "written", *states]).groupby(by).sum().reset_index()
+    return table.assign(rate=(table.accepted / table.written).astype(float).round(3))
 
 
 def spending(settings):

@@ -1,13 +1,12 @@
 """The grid category x kind x difficulty x language: how many rows each cell should have, has, and still needs."""
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from slm.errors import SlmError
-from slm.rows import DIFFICULTIES, KINDS, Row, iter_lines, read_rows
+from slm.rows import DIFFICULTIES, KINDS, Row, digest, iter_lines, read_rows
 
 # Shares of the kinds in a dataset: the common case first, every other kind often enough to be learnt.
 KIND_SHARES = {
@@ -43,8 +42,7 @@ class Request:
     def id(self) -> str:
         """8 hex digits of what is asked for, whatever the number of rows."""
         left_out = ("rows",) if self.language else ("rows", "language")
-        body = json.dumps({k: v for k, v in asdict(self).items() if k not in left_out}, sort_keys=True)
-        return hashlib.sha256(body.encode()).hexdigest()[:8]
+        return digest(json.dumps({k: v for k, v in asdict(self).items() if k not in left_out}, sort_keys=True), 8)
 
     @property
     def note(self) -> str:
@@ -75,7 +73,7 @@ def label_values(contract) -> list[str]:
 
 def languages(settings) -> dict[str, float]:
     """Language code -> share of the rows: `generate.languages`, or what the seed rows are written in."""
-    seeds = _records(settings.path("data/raw/seed.jsonl"))
+    seeds = records(settings.path("data/raw/seed.jsonl"))
     found = settings.generate.languages or Counter((r.get("meta") or {}).get("language", "en") for r in seeds) or {"en": 1}
     if min(found.values()) < 0 or not sum(found.values()):
         raise SlmError("project.yaml: generate.languages: shares are 0 or more, and one of them above 0.")
@@ -91,7 +89,7 @@ def quotas(settings, contract) -> dict[tuple[str, str, str, str], int]:
     cells = [(c, k, d) for c in labels for k in KINDS for d in DIFFICULTIES]
     exact = {cell: target * KIND_SHARES[cell[1]] / len(labels) / len(DIFFICULTIES) for cell in cells}
     whole = {cell: int(share) for cell, share in exact.items()}
-    mixed = {cell: hashlib.sha256("|".join(cell).encode()).digest() for cell in cells}
+    mixed = {cell: digest("|".join(cell), 64) for cell in cells}
     # Largest remainder; equal remainders fall by hash, so that a small target still touches every category.
     for cell in sorted(cells, key=lambda c: (whole[c] - exact[c], mixed[c]))[: target - sum(whole.values())]:
         whole[cell] += 1
@@ -111,11 +109,11 @@ def held(settings) -> list[dict]:
     they must be asked for again; seed rows do not either."""
     files = [settings.path("data/accepted/all.jsonl"), *batches(settings)]
     rejected = settings.path("data/rejected").glob("*.jsonl")
-    out = {(r.get("row") or {}).get("id") for file in rejected for r in _records(file)}
-    out |= {r.get("id") for r in _records(settings.path("data/raw/seed.jsonl"))}
+    out = {(r.get("row") or {}).get("id") for file in rejected for r in records(file)}
+    out |= {r.get("id") for r in records(settings.path("data/raw/seed.jsonl"))}
     rows: dict[str, dict] = {}
     for file in files:
-        for record in _records(file):
+        for record in records(file):
             if "meta" in record and record.get("id") not in out:
                 rows.setdefault(record.get("id"), record)
     return list(rows.values())
@@ -162,7 +160,7 @@ def _cell(row: dict) -> tuple:
     return *place, meta.get("language", "en")
 
 
-def _records(path: Path) -> list[dict]:
+def records(path: Path) -> list[dict]:
     """The lines that are JSON objects; the others are 04's to report."""
     found = []
     for _, line in iter_lines(path) if path.is_file() else ():

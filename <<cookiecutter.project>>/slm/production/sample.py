@@ -1,6 +1,5 @@
 """Which requests are worth keeping, and where they go: the evaluation holdout first, training second."""
 
-import hashlib
 import json
 import random
 from collections import Counter
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from slm.contract import Contract
 from slm.production.logs import LogLine
 from slm.registry import SETS
-from slm.rows import Row, iter_lines, make_row, read_rows, write_jsonl, write_rows
+from slm.rows import Row, digest, iter_lines, make_row, read_rows, write_jsonl, write_rows
 
 HOLDOUT = "data/eval/production_holdout.jsonl"
 REVIEW = "data/raw/production_review.jsonl"
@@ -129,7 +128,7 @@ def _pseudonym(line: LogLine) -> str:
 
 
 def _group(text: str) -> str:
-    return "production-" + hashlib.sha256(_plain(text).encode()).hexdigest()[:12]
+    return "production-" + digest(_plain(text))
 
 
 def _plain(text: str) -> str:
@@ -138,7 +137,7 @@ def _plain(text: str) -> str:
 
 def _share(group: str, seed: int) -> float:
     """A number in [0, 1) that depends on the group alone, so that later logs fall on the same side."""
-    return int(hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()[:8], 16) / 2**32
+    return int(digest(f"{seed}:{group}", 8), 16) / 2**32
 
 
 def _rows(settings, path: str) -> list[Row]:
