@@ -109,6 +109,8 @@ def from_any(record: dict, **meta) -> Row:
 
     `meta` fills the fields the record does not carry. Raises ValueError when the record is none of the four.
     """
+    if not isinstance(record, dict):
+        raise ValueError("a line must be a JSON object")
     if "messages" in record and "meta" in record:
         return Row.model_validate(record)
     known = {"messages", "instruction", "input", "output", "prompt", "chosen", "rejected"}
@@ -154,10 +156,7 @@ def iter_rows(path: Path, **meta) -> Iterator[Row]:
     """The rows of a JSONL file, in any of the four formats. Raises SlmError with file:line at the first bad line."""
     for number, line in iter_lines(path):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("a line must be a JSON object")
-            row = from_any(record, **meta)
+            row = from_any(json.loads(line), **meta)
         except (ValueError, ValidationError, TypeError, RecursionError) as error:
             raise SlmError(f"{path}:{number}: {explain(error)}. Mend or remove that line.") from None
         yield row

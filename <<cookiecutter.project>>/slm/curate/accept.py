@@ -1,7 +1,6 @@
 """Seed rows and batches go through the gates; accepted, rejected, split and recorded. in == accepted + rejected."""
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -69,19 +68,16 @@ class Curated:
         """A table of up to `n` rejected rows per gate, with reason, evidence and place."""
         import pandas as pd
 
-        shown: dict[str, list] = defaultdict(list)
-        wanted = sum(min(n, step["rejected"]) for step in self.steps)
-        for r in self.rejected_records():
-            if len(shown[r["gate"]]) < n:
+        left, lines = {step["gate"]: min(n, step["rejected"]) for step in self.steps}, []
+        order, records = [*left], self.rejected_records()
+        while any(left.values()) and (r := next(records, None)):
+            if left[r["gate"]]:
+                left[r["gate"]] -= 1
                 text = text_of(Row.model_validate(r["row"])) if "row" in r else r["raw"]
                 evidence, place = json.dumps(r["evidence"], ensure_ascii=False), f"{r['file']}:{r['line']}"
-                shown[r["gate"]].append((r["gate"], r["reason"], place, text[:80], evidence[:120]))
-                if sum(map(len, shown.values())) >= wanted:
-                    break
-        columns = ["gate", "reason", "place", "message", "evidence"]
-        order = {step["gate"]: at for at, step in enumerate(self.steps)}
-        lines = sorted((line for lines in shown.values() for line in lines), key=lambda line: order.get(line[0], 0))
-        return pd.DataFrame(lines, columns=columns)
+                lines.append((r["gate"], r["reason"], place, text[:80], evidence[:120]))
+        lines.sort(key=lambda line: order.index(line[0]))
+        return pd.DataFrame(lines, columns=["gate", "reason", "place", "message", "evidence"])
 
     def planted_faults(self):
         """A table of the planted faults and whether the gates caught them; empty when none were planted."""

@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -107,12 +109,10 @@ def quotas(settings, contract) -> dict[tuple[str, str, str, str], int]:
 def held(settings) -> list[dict]:
     """The rows (as dictionaries) of data/accepted and data/generated, each id once. Rejected rows do not count, for
     they must be asked for again; seed rows do not either."""
-    files = [settings.path("data/accepted/all.jsonl"), *batches(settings)]
-    rejected = settings.path("data/rejected").glob("*.jsonl")
-    out = {(r.get("row") or {}).get("id") for file in rejected for r in records(file)}
+    out = {r["row"]["id"] for r in judged(settings) if r["gate"]}
     out |= {r.get("id") for r in records(settings.path("data/raw/seed.jsonl"))}
     rows: dict[str, dict] = {}
-    for file in files:
+    for file in (settings.path("data/accepted/all.jsonl"), *batches(settings)):
         for record in records(file):
             if "meta" in record and record.get("id") not in out:
                 rows.setdefault(record.get("id"), record)
@@ -160,14 +160,18 @@ def _cell(row: dict) -> tuple:
     return *place, meta.get("language", "en")
 
 
-def records(path: Path) -> list[dict]:
+def records(path: Path) -> Iterator[dict]:
     """The lines that are JSON objects; the others are 04's to report."""
-    found = []
     for _, line in iter_lines(path) if path.is_file() else ():
-        try:
+        with suppress(ValueError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+            if isinstance(record, dict):
+                yield record
+
+
+def judged(settings) -> Iterator[dict]:
+    """What 04 decided last, one record a row as data/rejected keeps it; accepted rows have the gate ""."""
+    for row in records(settings.path("data/accepted/all.jsonl")):
+        yield {"gate": "", "evidence": {}, "row": row}
+    for path in sorted(settings.path("data/rejected").glob("*.jsonl")):
+        yield from (record for record in records(path) if "row" in record)

@@ -62,9 +62,9 @@ def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
             continue
         # One text under two customers must not part either: the text's own side wins.
         side = sides.get(_group(line.input)) or sides.get(row.meta.group)
-        if side is None:
+        if side is None:  # by the group's hash alone, so that later logs fall on the same side
             first = len(held) + len(found.holdout) < own.holdout_first
-            side = "holdout" if first or _share(row.meta.group, own.seed) < own.eval_share else "training"
+            side = "holdout" if first or int(digest(f"{own.seed}:{row.meta.group}", 8), 16) < own.eval_share * 2**32 else "training"
         if {sides.get(_group(line.input), side), sides.get(row.meta.group, side)} != {side}:
             found.review.append(_review(line, "its group is on the other side"))
             continue
@@ -133,11 +133,6 @@ def _group(text: str) -> str:
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _share(group: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the group alone, so that later logs fall on the same side."""
-    return int(digest(f"{seed}:{group}", 8), 16) / 2**32
 
 
 def _rows(settings, path: str) -> list[Row]:

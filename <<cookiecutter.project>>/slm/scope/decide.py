@@ -94,7 +94,8 @@ class Decision:
 
 def facts(settings, contract) -> dict[str, tuple[bool | None, str]]:
     """What is known: {fact: (yes, no or None for not yet known; where it is known from)}."""
-    task, rows, score = settings.task, _seed_rows(settings), _prompted(settings, contract)
+    task, seed, score = settings.task, settings.path("data/raw/seed.jsonl"), _prompted(settings, contract)
+    rows = sum(1 for _ in iter_lines(seed)) if seed.is_file() else 0
     answers = ("changes_often", "flexible_style", "needs_knowledge", "must_cite", "private_corpus", "preference_data")
     found = {name: (getattr(task, name), f"task.{name}") for name in (*answers, "teacher_is_good")}
     endpoint = settings.generate.teacher == "openai"
@@ -133,11 +134,6 @@ def decide(settings, contract) -> Decision:
     if known["preference_data"][0]:
         advice.append("Later, when SFT is right in the main: preference optimisation (DPO) on your pairs.")
     return Decision(choice, signs, advice)
-
-
-def _seed_rows(settings) -> int:
-    path = settings.path("data/raw/seed.jsonl")
-    return sum(1 for _ in iter_lines(path)) if path.is_file() else 0
 
 
 def _prompted(settings, contract) -> float | None:
