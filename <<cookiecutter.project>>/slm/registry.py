@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from slm.errors import SlmError
-from slm.rows import append_jsonl, digest, write_json
+from slm.rows import append_jsonl, digest, iter_lines, write_json
 
 SETS = ("dev", "test", "adversarial", "golden")
 
@@ -43,10 +43,8 @@ def append(settings, name: str, record: dict) -> dict:
 def read(settings, name: str) -> list[dict]:
     """All records of a registry file, oldest first; an absent file has none. Raises SlmError on a torn line."""
     path = settings.path(f"registry/{name}.jsonl")
-    if not path.exists():
-        return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in iter_lines(path) if path.exists() else ():
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -1,7 +1,5 @@
 """The optional judge: a model scores rows by the rubric; its word counts only once it agrees with people."""
 
-import json
-import re
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -10,7 +8,7 @@ from slm.curate.decisions import read_decisions
 from slm.curate.read import Verdict
 from slm.curate.rubric import refusal
 from slm.errors import SlmError
-from slm.generate.plan import batches
+from slm.generate.plan import batches, records
 from slm.models.base import Answer, Prompt
 from slm.models.openai_api import OpenAIModel, run
 from slm.rows import Row, digest, from_any
@@ -57,7 +55,7 @@ class Judge:
         while todo:
             spent = [line["money"] for line in cost.entries(self.settings, "data_review_cost") if "judge" in line]
             left = self.cfg.judge_budget_usd - sum(spent)
-            worst = self._money(max(len(text.encode()) for _, text in todo) + 64, TOKENS)
+            worst = cost.token_money(self.cfg.judge, max(len(text.encode()) for _, text in todo) + 64, TOKENS)
             part = todo[: int((left + 1e-9) / worst) if worst else len(todo)]
             if left < 0 or not part:
                 print(f"judge: {len(todo)} rows not judged; {left:.4f} is left of curate.judge_budget_usd.")
@@ -73,12 +71,9 @@ class Judge:
         if answer.finish_reason != "error":
             used = (answer.prompt_tokens, answer.completion_tokens)
             facts = {"judge": self.model.name, "tokens_in": used[0], "tokens_out": used[1]}
-            cost.add(self.settings, "data_review_cost", self._money(*used), **facts)
+            cost.add(self.settings, "data_review_cost", cost.token_money(self.cfg.judge, *used), **facts)
             line = {"id": row_id, "prompt": prompt, "judge": self.model.name, "text": answer.text}
             self.known[row_id, prompt] = registry.append(self.settings, "judge", line)["text"]
-
-    def _money(self, tokens_in: int, tokens_out: int) -> float:
-        return cost.token_money(tokens_in, tokens_out, self.cfg.judge.usd_per_1m_input, self.cfg.judge.usd_per_1m_output)
 
 
 def agreement(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float]:
@@ -95,10 +90,8 @@ def find_rows(settings, ids: set[str]) -> list[Row]:
     """The rows with these ids in the seed file and the batches; the first line of an id holds."""
     found, seed = {}, settings.path("data/raw/seed.jsonl")
     for path in [seed] * seed.is_file() + batches(settings) if ids else ():
-        with path.open("rb") as lines:
-            for line in lines:
-                name = re.search(rb'"id": ?"([^"]*)"', line)
-                if name and (key := name[1].decode(errors="replace")) in ids and key not in found:
-                    with suppress(ValueError):  # a broken line is the gates' to report
-                        found[key] = from_any(json.loads(line))
+        for record in records(path):
+            if (key := str(record.get("id"))) in ids and key not in found:
+                with suppress(ValueError):  # a broken line is the gates' to report
+                    found[key] = from_any(record)
     return list(found.values())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slm import cost
-from slm.generate.plan import Request, records, batches, label_values, plan, seed_rows
+from slm.generate.plan import Request, batches, label_values, plan, records, seed_rows
 from slm.generate.salvage import rows_from
 from slm.generate.teacher import LOCAL_ROWS, Job, Purse, Store, endpoints, teachers
 from slm.models.base import Prompt
@@ -129,10 +129,10 @@ def estimate(settings, contract, generation_prompt: Callable, requests: list[Req
     left, lines = settings.generate.budget_usd - cost.spent(settings, "teacher_generation_cost"), {}
     for name, end in ends.items():
         own = [j for j in jobs if j.teacher == name]
-        rows, price = sum(j.facts["rows"] for j in own), (end.usd_per_1m_input, end.usd_per_1m_output)
+        rows = sum(j.facts["rows"] for j in own)
         tokens = sum(len(j.prompt) for j in own) // 4, int(rows * per_row)
         most = sum(len(j.prompt.encode()) + 64 for j in own), sum(j.max_tokens for j in own)
-        lines[name] = [len(own), rows, *tokens, cost.token_money(*tokens, *price), cost.token_money(*most, *price)]
+        lines[name] = [len(own), rows, *tokens, cost.token_money(end, *tokens), cost.token_money(end, *most)]
     columns = ["calls", "rows", "prompt_tokens", "completion_tokens", "money", "at_most"]
     table = pd.DataFrame.from_dict(lines, orient="index", columns=columns)
     if len(ends) > 1:

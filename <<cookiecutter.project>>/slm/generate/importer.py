@@ -122,18 +122,15 @@ def _csv(file: str, _):
 
     reader = csv.reader(lines(), delimiter=max(",;\t", key=next(lines(), "").count), strict=True)
     header = next(reader, [])
-    while True:
-        start = reader.line_num + 1  # a quoted cell may hold line breaks: this is the physical line
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield start, ValueError(f"{error} (the record ends in line {reader.line_num})")
-            return
-        wrong = ValueError(f"{len(cells)} fields, but the header has {len(header)}")
-        if cells:
-            yield start, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else wrong
+    start = reader.line_num + 1  # a quoted cell may hold line breaks: this is the physical line
+    try:
+        for cells in reader:
+            wrong = ValueError(f"{len(cells)} fields, but the header has {len(header)}")
+            if cells:
+                yield start, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else wrong
+            start = reader.line_num + 1
+    except csv.Error as error:
+        yield start, ValueError(f"{error} (the record ends in line {reader.line_num})")
 
 
 def _datasets(file: str, split: str):

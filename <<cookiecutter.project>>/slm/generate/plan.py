@@ -56,21 +56,28 @@ def label_values(contract) -> list[str]:
     """The values of the contract's label field in schema order; ["all"] where the contract has no label field."""
     if contract.label_field is None:
         return ["all"]
-    definitions, field = contract.schema.get("$defs", {}), contract.label_field
+    definitions = contract.schema.get("$defs", {})
 
-    def walk(node: dict, inside: bool) -> list:
+    def choices(node: dict) -> list:
         node = {**definitions.get(node.get("$ref", "").rsplit("/", 1)[-1], {}), **node}
-        found = list(node.get("enum", [node["const"]] if "const" in node else [])) if inside else []
-        for part in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
-            found += walk(part, inside)
-        if not inside and field in node.get("properties", {}):
-            found += walk(node["properties"][field], True)
-        return found
+        parts = (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ()))
+        return [*node.get("enum", [node.get("const")]), *(value for part in parts for value in choices(part))]
 
-    values = [value for value in dict.fromkeys(walk(contract.schema, False)) if isinstance(value, str)]
+    found = [choices(shape["properties"].get(contract.label_field, {})) for shape in shapes(contract.schema)]
+    values = list(dict.fromkeys(value for some in found for value in some if isinstance(value, str)))
     if not values:
         raise SlmError(f"task/contract.py: label_field {contract.label_field!r} has no fixed values in the schema.")
     return values
+
+
+def shapes(schema: dict) -> list[dict]:
+    """The object schemas that an output may follow: one, or those of a union, with `$ref` resolved at the top."""
+    definitions = schema.get("$defs", {})
+    if "$ref" in schema:
+        return shapes({**definitions[schema["$ref"].rsplit("/", 1)[-1]], "$defs": definitions})
+    if options := schema.get("oneOf") or schema.get("anyOf"):
+        return [shape for option in options for shape in shapes({**option, "$defs": definitions})]
+    return [schema] if schema.get("properties") else []
 
 
 def languages(settings) -> dict[str, float]:

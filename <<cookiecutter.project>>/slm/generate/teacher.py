@@ -132,7 +132,7 @@ class Purse:
 
     async def reserve(self, end: Endpoint, tokens_in: int, tokens_out: int):
         """A ticket for a call of at most so many tokens; None when it could pass the budget (see `empty`)."""
-        worst, limit = _money(end, tokens_in, tokens_out), self.settings.generate.budget_usd + 1e-12
+        worst, limit = cost.token_money(end, tokens_in, tokens_out), self.settings.generate.budget_usd + 1e-12
         while self.reserved > 1e-12 and self.spent + self.reserved + worst > limit:
             await asyncio.sleep(0.02)  # calls in flight mostly cost less than they reserved
         if self.spent + worst > limit:
@@ -148,7 +148,7 @@ class Purse:
         n, end, worst = ticket
         self.reserved -= worst
         if tokens_in or tokens_out:
-            self.book(end.model, _money(end, tokens_in, tokens_out), tokens_in, tokens_out, note)
+            self.book(end.model, cost.token_money(end, tokens_in, tokens_out), tokens_in, tokens_out, note)
         self._land(n)
 
     def book(self, model: str, money: float, tokens_in: int, tokens_out: int, note: str = "") -> None:
@@ -160,10 +160,6 @@ class Purse:
     def _land(self, n: int) -> None:
         with self._db:
             self._db.execute("DELETE FROM flights WHERE n = ?", (n,))
-
-
-def _money(end: Endpoint, tokens_in: int, tokens_out: int) -> float:
-    return cost.token_money(tokens_in, tokens_out, end.usd_per_1m_input, end.usd_per_1m_output)
 
 
 def _open(settings, table: str) -> sqlite3.Connection:

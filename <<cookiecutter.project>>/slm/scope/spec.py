@@ -4,6 +4,7 @@ from pathlib import Path
 
 from slm.contract import Contract
 from slm.errors import SlmError
+from slm.generate.plan import shapes
 from slm.report.tables import markdown
 from slm.rows import write_json, write_text
 
@@ -65,16 +66,6 @@ def output_text(contract: Contract) -> str:
         table += f"| `{name}` | {holds} | {'critical' if name in contract.critical else ''} |\n"
         notes += f"\n**{name}.** {node['description'].strip()}\n" if node.get("description") else ""
     return table + notes + null
-
-
-def shapes(schema: dict) -> list[dict]:
-    """The object schemas that an output may follow: one, or those of a union, with `$ref` resolved at the top."""
-    definitions = schema.get("$defs", {})
-    if "$ref" in schema:
-        return shapes({**definitions[schema["$ref"].rsplit("/", 1)[-1]], "$defs": definitions})
-    if options := schema.get("oneOf") or schema.get("anyOf"):
-        return [shape for option in options for shape in shapes({**option, "$defs": definitions})]
-    return [schema] if schema.get("properties") else []
 
 
 def metrics_text(contract: Contract) -> str:
