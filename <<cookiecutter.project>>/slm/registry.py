@@ -81,7 +81,8 @@ def check_locked(settings) -> dict[str, str]:
         file = settings.path(f"data/eval/{name}.jsonl")
         if not file.exists() or file_hash(file) != expected:
             mend = "restore it, or delete data/eval/lock.json and run 02_baseline again"
-            raise SlmError(f"data/eval/{name}.jsonl: changed since it was locked; {mend} (older scores then no longer compare).")
+            older = "(older scores then no longer compare)"
+            raise SlmError(f"data/eval/{name}.jsonl: changed since it was locked; {mend} {older}.")
     return hashes
 
 

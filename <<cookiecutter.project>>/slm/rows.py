@@ -187,7 +187,8 @@ def replacing(path: Path):
         os.replace(part, path)
     except OSError as error:
         where = path if error.filename in (None, str(part)) else error.filename
-        raise SlmError(f"{where}: {error.strerror}; nothing was written. Mend that (free some space?), run again.") from None
+        problem = f"{error.strerror}; nothing was written. Mend that (free some space?), run again"
+        raise SlmError(f"{where}: {problem}.") from None
     finally:
         with suppress(OSError):
             part.unlink()

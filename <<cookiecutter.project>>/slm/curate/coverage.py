@@ -32,8 +32,9 @@ def coverage(rows: Iterable[Row], contract, languages: dict[str, float] | None =
 
 
 def shares(found: dict[str, Counter], contract, languages: dict[str, float] | None = None):
-    """What tally() found as a table: dimension, value, rows, share, quota (share planned; empty where nothing is planned) and verdict: "ok",
-    "short" (less than half of the quota), "too many easy" (over 60 % easy) or "". `languages`: planned shares."""
+    """What tally() found as a table: dimension, value, rows, share, quota (share planned; empty where nothing is
+    planned) and verdict: "ok", "short" (less than half of the quota), "too many easy" (over 60 % easy) or "".
+    `languages`: planned shares."""
     import pandas as pd
 
     labels = label_values(contract)

@@ -131,11 +131,11 @@ def judge_chunk(job: Job, chunk: Chunk) -> Part:
         trusted = row.meta.source == "human" or chunk.name in job.trusted
         value, near_miss = job.answer(row.answer)[2], row.meta.kind == "near_miss"
         rows[n] = made.text[n], shape, value, tokens.get(n, 0), near_miss, trusted, job.spared(row)
-    return Part(
-        [c.row and c.row.id for c in found], np.array([(c.line, c.offset) for c in found], np.int64).reshape(-1, 2), verdicts, late,
-        {n: twin for n, row in passed.items() if (twin := row.meta.provenance.get("contrast_of"))}, rows, made,
-        band_keys(made, min(cfg.near_duplicate, cfg.contradiction)), None if vectors is None else vectors.astype(np.float16),
-    )  # fmt: skip
+    contrast = {n: twin for n, row in passed.items() if (twin := row.meta.provenance.get("contrast_of"))}
+    lines = np.array([(c.line, c.offset) for c in found], np.int64).reshape(-1, 2)
+    bands = band_keys(made, min(cfg.near_duplicate, cfg.contradiction))
+    vectors = None if vectors is None else vectors.astype(np.float16)
+    return Part([c.row and c.row.id for c in found], lines, verdicts, late, contrast, rows, made, bands, vectors)
 
 
 class Local:
@@ -238,7 +238,8 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
     waiting = np.flatnonzero(alive).tolist() if extra else []
     for begin in range(0, len(waiting), 2000):
         for name, function in extra:
-            order = [n for n in waiting[begin : begin + 2000] if alive[n] and (name == "expert_signoff" or not facts["spared"][n])]
+            order = [n for n in waiting[begin : begin + 2000] if alive[n]]
+            order = [n for n in order if name == "expert_signoff" or not facts["spared"][n]]
             found = [fetch(n) for n in order]
             for n, verdict in zip(order, function([row for row, _ in found], [value for _, value in found]), strict=True):
                 if verdict:
@@ -268,7 +269,8 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
             steps[-1]["note"] = NOT_RUN
         left -= lost[name]
     alive[[*verdicts]] = False
-    return Judged(ids, starts, verdicts, steps, facts["tokens"][alive], np.array([e[3] for e in edges]), [e[2] for e in edges])
+    similarities, measures = np.array([e[3] for e in edges]), [e[2] for e in edges]
+    return Judged(ids, starts, verdicts, steps, facts["tokens"][alive], similarities, measures)
 
 
 def _enums(node) -> list:

@@ -59,8 +59,8 @@ def read_answer(answer: str, contract) -> tuple[Verdict | None, dict | None]:
 
 
 def leaked(row: Row, said: list[str], secret: frozenset[str] = frozenset()) -> Verdict | None:
-    """Gate 4: no trace of the making, nor a run of seven words that stands in `secret` (see runs()). `said` are the words
-    of the row's messages."""
+    """Gate 4: no trace of the making, nor a run of seven words that stands in `secret` (see runs()). `said` are the
+    words of the row's messages."""
     answer = row.answer
     phrase = _speaks(text_of(row)) or _answer_speaks(answer)
     if secret and not phrase:

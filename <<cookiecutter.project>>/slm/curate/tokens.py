@@ -8,9 +8,9 @@ PROBED = 20  # conversations of each shape that are counted both ways before the
 
 
 def token_counter(settings) -> Callable[[list[list[dict]]], list[int]]:
-    """A function from conversations (lists of messages) to token counts, with the base model's tokenizer. The short way:
-    what the template puts around the contents of one sequence of roles is rendered once, and special tokens part the
-    text into pieces that are tokenized alone, each once. Where that differs from counting the whole, the whole is
+    """A function from conversations (lists of messages) to token counts, with the base model's tokenizer. The short
+    way: what the template puts around the contents of one sequence of roles is rendered once, and special tokens part
+    the text into pieces that are tokenized alone, each once. Where that differs from counting the whole, the whole is
     counted."""
     from transformers import AutoTokenizer
 

@@ -32,9 +32,10 @@ def writing(settings) -> FileLock:
     return registry.locked(settings, "accepted")
 
 
-def record_dataset(settings, path: Path, split: dict, parents: dict, gates: list[dict], found: dict | None = None) -> dict:
+def record_dataset(settings, path: Path, split: dict, parents: dict, gates: list, found: dict | None = None) -> dict:
     """The dataset's line in registry/datasets.jsonl; the version is the content hash of `path`, whose rows are kept once
-    in registry/datasets/<version>.jsonl.gz. The same rows, split and inputs are not recorded twice. `found`: their tally."""
+    in registry/datasets/<version>.jsonl.gz; `found` is their tally. The same rows, split and inputs are not recorded
+    twice."""
     version, last = registry.file_hash(path)[:12], registry.latest(settings, "datasets")
     found = found or tally(iter_rows(path))
     deciding = sorted(str(f.relative_to(settings.root)) for pattern in DECIDING for f in settings.root.glob(pattern))
@@ -153,7 +154,7 @@ def _archive(settings, version: str) -> Path:
 def _keep(settings, path: Path, version: str) -> None:
     target = _archive(settings, version)
     if not target.exists():
-        with replacing(target) as stream, gzip.GzipFile("", "wb", 4, stream, mtime=0) as packed, path.open("rb") as rows:
+        with path.open("rb") as rows, replacing(target) as stream, gzip.GzipFile("", "wb", 4, stream, 0) as packed:
             shutil.copyfileobj(rows, packed, 1 << 20)
 
 

@@ -92,8 +92,8 @@ def acceptance(settings, *by: str):
         for file in sorted(settings.path("data/generated").glob("*.unread.txt")):
             lines += [{**r, "state": "unread"} for r in records(file) if not r["reason"].startswith("prose")]
     states = ["accepted", "refused", "unread"]
-    cells = [[*(str(line.get(name) or "-") for name in by), 1, *(int(line["state"] == s) for s in states)] for line in lines]
-    table = pd.DataFrame(cells, columns=[*by, "written", *states]).groupby(by).sum().reset_index()
+    cells = [{name: str(line.get(name) or "-") for name in by} | {"written": 1, line["state"]: 1} for line in lines]
+    table = pd.DataFrame(cells, columns=[*by, "written", *states]).fillna(0).groupby(by).sum().astype(int).reset_index()
     return table.assign(rate=(table.accepted / table.written).astype(float).round(3))
 
 

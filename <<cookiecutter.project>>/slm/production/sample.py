@@ -64,7 +64,8 @@ def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
         side = sides.get(_group(line.input)) or sides.get(row.meta.group)
         if side is None:  # by the group's hash alone, so that later logs fall on the same side
             first = len(held) + len(found.holdout) < own.holdout_first
-            side = "holdout" if first or int(digest(f"{own.seed}:{row.meta.group}", 8), 16) < own.eval_share * 2**32 else "training"
+            chosen = int(digest(f"{own.seed}:{row.meta.group}", 8), 16) < own.eval_share * 2**32
+            side = "holdout" if first or chosen else "training"
         if {sides.get(_group(line.input), side), sides.get(row.meta.group, side)} != {side}:
             found.review.append(_review(line, "its group is on the other side"))
             continue

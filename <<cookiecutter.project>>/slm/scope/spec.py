@@ -57,7 +57,8 @@ def output_text(contract: Contract) -> str:
     """The output contract in words: one JSON object, what it may hold, and the definitions of its fields."""
     definitions, found = contract.schema.get("$defs", {}), shapes(contract.schema)
     one = "Exactly one JSON object and nothing around it, as in `specs/output_schema.json`"
-    null = f"\n`{contract.label_field}: {contract.null_label}` says that there is nothing to do." if contract.null_label else ""
+    null = f"\n`{contract.label_field}: {contract.null_label}` says that there is nothing to do."
+    null = null if contract.null_label else ""
     if len(found) > 1:
         return f"{one}, of one of these shapes:\n\n{markdown([_shape(shape, definitions) for shape in found])}{null}"
     table, notes = f"{one}:\n\n| field | holds | |\n|---|---|---|\n", ""
