@@ -137,8 +137,9 @@ def explain(error: Exception) -> str:
     return str(error)
 
 
-def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers (from 1) and non-empty lines of a UTF-8 file. Raises SlmError on a missing file or bad bytes."""
+def iter_lines(path: Path, blank: bool = False) -> Iterator[tuple[int, str]]:
+    """Line numbers (from 1) and lines of a UTF-8 file, those without text only when `blank`. Raises SlmError on a
+    missing file or bad bytes."""
     path = Path(path)
     if not path.is_file():
         raise SlmError(f"{path}: there is no such file.")
@@ -148,7 +149,7 @@ def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise SlmError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8.") from None
-            if line.strip():
+            if blank or line.strip():
                 yield number, line
 
 

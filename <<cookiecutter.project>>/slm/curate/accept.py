@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from slm import registry
 from slm.curate import gates, leakage
 from slm.curate.coverage import shares, tally
 from slm.curate.decisions import read_decisions
@@ -106,31 +105,30 @@ def curate(
     secret = frozenset(run for text in hidden for run in gates.runs(words(text)))
     job = Job(settings, contract, checks, count_tokens, known, secret, read_decisions(settings), frozenset([SEED]))
     parts = [chunk for f in files for chunk in chunks(f, str(f.relative_to(settings.root)))]
+    machine = local = Local(job, parts)
     if cfg.ray:
         from slm.curate.ray import Cluster
 
-        judged = judge(Cluster(job, parts), extra)
-    else:
-        judged = judge(Local(job, parts), extra)
-    targets = {str(f.relative_to(settings.root)): settings.path(f"data/rejected/{f.stem}.jsonl") for f in files}
+        machine = Cluster(job, parts)
+    judged = judge(machine, extra)
     with writing(settings), ExitStack() as rejected, ExitStack() as accepted:
         streams: dict[Path, object] = {}
 
-        def refuse(target: Path, lines: bytes) -> int:
+        def refuse(name: str, lines: bytes) -> int:
+            target = settings.path(f"data/rejected/{Path(name).stem}.jsonl")
             if lines and target not in streams:
                 streams[target] = rejected.enter_context(replacing(target))
             return streams[target].write(lines) and lines.count(b"\n") if lines else 0
 
-        gone = _removed(settings.path(ALL), set(judged.ids))
-        removed = sum(refuse(settings.path("data/rejected/removed.jsonl"), line) for line in gone)
+        removed = sum(refuse("removed", line) for line in _removed(settings.path(ALL), set(judged.ids)))
         all_rows, kept, refused = accepted.enter_context(replacing(settings.path(ALL))), 0, 0
-        for chunk, (good, bad) in zip(parts, _written(Local(job, parts), judged), strict=True):
+        for chunk, (good, bad) in zip(parts, _written(local, judged), strict=True):
             all_rows.write(good)
-            kept, refused = kept + good.count(b"\n"), refused + refuse(targets[chunk.name], bad)
+            kept, refused = kept + good.count(b"\n"), refused + refuse(chunk.name, bad)
         if len(judged.ids) != kept + refused:
             raise SlmError(f"{len(judged.ids)} rows in, {kept} accepted, {refused} rejected: rows were lost.")
         rejected.close()
-        for target in {*targets.values()} - {*streams}:
+        for target in {settings.path(f"data/rejected/{f.stem}.jsonl") for f in files} - {*streams}:
             target.unlink(missing_ok=True)
         if not kept:
             raise SlmError(f"all {refused} rows were refused; read data/rejected, then mend the prompt or the gates.")
@@ -143,7 +141,7 @@ def curate(
         uneven = table[~table["verdict"].isin(["", "ok"])]
         short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
         steps.append({"gate": "coverage", "in": kept, "rejected": 0, "out": kept, "warnings": short})
-        parents = {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files}
+        parents = [str(f.relative_to(settings.root)) for f in files]
         record = record_dataset(settings, path, split_file(settings, path), parents, steps, found)
     return Curated(
         total, kept, refused + removed, path, sorted(streams), steps, record, _planted(settings, judged), table,

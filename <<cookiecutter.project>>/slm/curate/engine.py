@@ -259,18 +259,23 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
     edges = duplicates.join(table, (own[a], own[b], similarity), semantic)
     verdicts |= duplicates.decide(table, edges, cfg.contradiction, cfg.near_duplicate, fetch)
 
-    lost = Counter(v.gate for v in verdicts.values())
-    order = [*(("human_review",) if lost["human_review"] else ()), *READING, "check", "leaked_instructions", "personal_data"]
-    order += ["length"] * (job.count_tokens is not None) + ["evaluation_leakage"] * (job.known is not None)
-    steps, left = [], len(ids)
-    for name in dict.fromkeys([*order, *(name for name, _ in extra), "label_consistency", "duplicates", "trivial"]):
-        steps.append({"gate": name, "in": left, "rejected": lost[name], "out": left - lost[name]})
-        if not (small or vectors) and alive.any() and name in ("duplicates", "evaluation_leakage"):
-            steps[-1]["note"] = NOT_RUN
-        left -= lost[name]
+    steps = funnel(job, [name for name, _ in extra], len(ids), Counter(v.gate for v in verdicts.values()))
+    for step in steps if not (small or vectors) and alive.any() else ():
+        step |= {"note": NOT_RUN} if step["gate"] in ("duplicates", "evaluation_leakage") else {}
     alive[[*verdicts]] = False
     similarities, measures = np.array([e[3] for e in edges]), [e[2] for e in edges]
     return Judged(ids, starts, verdicts, steps, facts["tokens"][alive], similarities, measures)
+
+
+def funnel(job: Job, extra: list[str], left: int, lost: Counter) -> list[dict]:
+    """A record per gate, in their order: rows in, rejected and out."""
+    order = [*(("human_review",) if lost["human_review"] else ()), *READING, "check", "leaked_instructions", "personal_data"]
+    order += ["length"] * (job.count_tokens is not None) + ["evaluation_leakage"] * (job.known is not None)
+    steps = []
+    for name in dict.fromkeys([*order, *extra, "label_consistency", "duplicates", "trivial"]):
+        steps.append({"gate": name, "in": left, "rejected": lost[name], "out": left - lost[name]})
+        left -= lost[name]
+    return steps
 
 
 def _enums(node) -> list:

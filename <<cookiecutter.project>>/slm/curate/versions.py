@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,17 +32,20 @@ def writing(settings) -> FileLock:
     return registry.locked(settings, "accepted")
 
 
-def record_dataset(settings, path: Path, split: dict, parents: dict, gates: list, found: dict | None = None) -> dict:
+def record_dataset(
+    settings, path: Path, split: dict, parents: Iterable[str], gates: list[dict], found: dict | None = None
+) -> dict:
     """The dataset's line in registry/datasets.jsonl; the version is the content hash of `path`, whose rows are kept once
     in registry/datasets/<version>.jsonl.gz; `found` is their tally. The same rows, split and inputs are not recorded
     twice."""
     version, last = registry.file_hash(path)[:12], registry.latest(settings, "datasets")
     found = found or tally(iter_rows(path))
     deciding = sorted(str(f.relative_to(settings.root)) for pattern in DECIDING for f in settings.root.glob(pattern))
+    inputs = {name: _identity(settings.path(name)) for name in dict.fromkeys([*parents, *deciding])}
     record = {
         "version": version, "previous": last["version"] if last else None,
-        "file": str(Path(path).relative_to(settings.root)), "rows": found["category"].total(), "parents": parents,
-        "inputs": {name: _identity(settings.path(name)) for name in dict.fromkeys([*parents, *deciding])},
+        "file": str(Path(path).relative_to(settings.root)), "rows": found["category"].total(),
+        "parents": {name: inputs[name]["hash"] for name in parents}, "inputs": inputs,
         "counts": {name: dict(sorted(found[name].items())) for name in COUNTED}, "gates": gates, "split": split,
         "teachers": dict(found["teacher"].most_common()), "prompts": dict(found["prompt"].most_common()),
         "config": settings.model_dump(mode="json", exclude={"profile", "run_id"}),

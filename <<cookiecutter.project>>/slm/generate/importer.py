@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from slm.errors import SlmError
@@ -81,10 +82,8 @@ def _fit(name: str, value, schema: dict):
     nodes = [{**b["properties"][name], "$defs": definitions} for b in branches if name in b.get("properties", {})]
     values = [None, value] if value == "" else [value]
     for text in (value, value.lower()) if isinstance(value, str) else ():
-        try:
+        with suppress(ValueError):
             values.append(json.loads(text))
-        except ValueError:
-            continue
     for one in values:
         if not nodes or any(Draft202012Validator(node).is_valid(one) for node in nodes):
             return one
@@ -113,12 +112,7 @@ def _jsonl(file: str, _):
 
 def _csv(file: str, _):
     def lines():
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
-                    raise SlmError(f"{file}:{number}: not UTF-8; save the file as UTF-8.") from None
+        return (line for _, line in iter_lines(Path(file), blank=True))
 
     reader = csv.reader(lines(), delimiter=max(",;\t", key=next(lines(), "").count), strict=True)
     header = next(reader, [])
