@@ -3,6 +3,7 @@
 import mmap
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from slm import registry
@@ -58,12 +59,12 @@ def join(ids: list[str], keys: list[str], links: list[tuple[str, str]]) -> list[
     return [first[part_of[key]] for key in keys]
 
 
-def split_file(settings, path: Path) -> dict:
+def split_file(settings, path: Path, links: Iterable[tuple[str, str]] = ()) -> dict:
     """Split a file of rows into train, dev_internal and test_internal beside it, lines as they stand; returns the
-    split's record. A row without a group is its own, and is not parted from its contrast (provenance.contrast_of); with
-    `curate.split_by` cluster, groups of one cluster stay together."""
+    split's record. A row without a group is its own; with `curate.split_by` cluster, groups of one cluster stay together.
+    `links` are pairs of row ids that must not be parted, besides a row and its contrast (provenance.contrast_of)."""
     path, cfg = Path(path), settings.curate
-    ids, keys, labels, texts, starts, links = [], [], [], [], array("q"), []
+    ids, keys, labels, texts, starts, links = [], [], [], [], array("q"), list(links)
     for row in iter_rows(path):
         ids.append(row.id)
         keys.append(row.meta.group or row.id)
