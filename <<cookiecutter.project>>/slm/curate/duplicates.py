@@ -148,9 +148,8 @@ def decide(table: Table, edges: list, contradiction: float, near: float, fetch: 
     verdicts = contradictions(table, edges, contradiction, fetch)
     duplicates(table, [e for e in edges if e[2] != "jaccard" or e[3] >= near], verdicts)
     text, spared, seen = table.rows["text"], table.rows["spared"], {}
-    for n in np.flatnonzero(table.alive).tolist():
-        shape = int(table.rows["shape"][n])
-        if n in verdicts:
+    for n, shape in enumerate(table.rows["shape"].tolist()):
+        if n in verdicts or not table.alive[n]:
             continue
         if n in table.late:
             verdicts[n] = table.late[n]

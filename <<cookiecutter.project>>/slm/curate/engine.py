@@ -112,7 +112,9 @@ def judge_chunk(job: Job, chunk: Chunk) -> Part:
         verdicts |= {n: verdict for n in passed if (verdict := gates.too_long(tokens[n], limit))}
         passed = {n: row for n, row in passed.items() if n not in verdicts}
 
-    made, vectors = sketch(said, job.names), embed(cfg.embedder, texts) if cfg.embedder and texts else None
+    made, vectors = sketch(said, job.names), None
+    if cfg.embedder and found:
+        vectors = embed(cfg.embedder, [text if n in passed else "" for n, text in enumerate(texts)])
     if job.known:
         hits = leakage.overlaps(made, job.known, cfg.leakage)
         if vectors is not None and job.known.vectors is not None:
