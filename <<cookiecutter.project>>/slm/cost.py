@@ -27,9 +27,9 @@ def spent(settings, item: str | None = None) -> float:
     return sum(line["money"] for line in entries(settings, item))
 
 
-def token_money(tokens_in: int, tokens_out: int, per_1m_input: float, per_1m_output: float) -> float:
-    """Money for one call at prices per million tokens."""
-    return (tokens_in * per_1m_input + tokens_out * per_1m_output) / 1e6
+def token_money(end, tokens_in: int, tokens_out: int) -> float:
+    """Money for one call at an endpoint's prices per million tokens."""
+    return (tokens_in * end.usd_per_1m_input + tokens_out * end.usd_per_1m_output) / 1e6
 
 
 def total_experiment_cost(

@@ -37,27 +37,15 @@ def stale_exports(root: Path) -> list[str]:
     """Notebooks whose export cells are not what stands in `task/`: the code of each cell must occur in its module."""
     stale = []
     for path in sorted((root / "notebooks").glob("*.ipynb")):
-        module, cells = exports(path)
-        if module is None:
-            continue
-        file = root / "task" / f"{module}.py"
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        # The first line of a cell, its directive, and the rest.
+        parts = [["".join(c["source"]).lstrip().partition("\n")[n].strip() for n in (0, 2)] for c in cells]
+        modules = [first.split()[-1] for first, _ in parts if first.startswith("#| default_exp")]
+        file = root / "task" / f"{modules[-1]}.py" if modules else path
         code = file.read_text(encoding="utf-8") if file.is_file() else ""
-        if any(cell not in code for cell in cells):
+        if modules and any(first == "#| export" and rest not in code for first, rest in parts):
             stale.append(path.name)
     return stale
-
-
-def exports(path: Path) -> tuple[str | None, list[str]]:
-    """The module a notebook exports to (None if none) and the code of its `#| export` cells, directives removed."""
-    module, cells = None, []
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        first = source.lstrip().split("\n", 1)[0].strip()
-        if first.startswith("#| default_exp"):
-            module = first.split()[-1]
-        if cell["cell_type"] == "code" and first == "#| export":
-            cells.append(source.lstrip().split("\n", 1)[-1].strip())
-    return module, cells
 
 
 def passed(condition: bool, sentence: str) -> None:

@@ -2,56 +2,49 @@
 
 import hashlib
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock
 
 from slm.errors import SlmError
-from slm.rows import write_json
+from slm.rows import append_jsonl, digest, iter_lines, write_json
 
 SETS = ("dev", "test", "adversarial", "golden")
 
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, or of a folder's files with their names, as 64 hex digits."""
-    digest = hashlib.sha256()
-    path = Path(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
+    path, found = Path(path), hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if path.is_dir():
-            digest.update(str(file.relative_to(path)).encode())
+            found.update(str(file.relative_to(path)).encode())
         with file.open("rb") as stream:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()
+            hashlib.file_digest(stream, lambda: found)
+    return found.hexdigest()
+
+
+def locked(settings, name: str, timeout: float = -1) -> FileLock:
+    """The lock that processes working on `name` hold in turn; they wait `timeout` seconds, by default for good."""
+    path = settings.path(f".cache/locks/{name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, timeout=timeout)
 
 
 def append(settings, name: str, record: dict) -> dict:
     """Add one line to `registry/<name>.jsonl` with the time and a hash of its content; returns the stored record."""
-    path = settings.path(f"registry/{name}.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {**record, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-    body = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
-    record["hash"] = hashlib.sha256(body.encode()).hexdigest()[:16]
-    line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
-    lock = settings.path(f".cache/locks/{name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock, timeout=60), path.open("ab") as stream:
-        stream.write(line.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+    record["hash"] = digest(json.dumps(record, sort_keys=True, ensure_ascii=False, default=str), 16)
+    with locked(settings, name, timeout=60):
+        append_jsonl(settings.path(f"registry/{name}.jsonl"), [record])
     return record
 
 
 def read(settings, name: str) -> list[dict]:
     """All records of a registry file, oldest first; an absent file has none. Raises SlmError on a torn line."""
     path = settings.path(f"registry/{name}.jsonl")
-    if not path.exists():
-        return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in iter_lines(path) if path.exists() else ():
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -61,10 +54,8 @@ def read(settings, name: str) -> list[dict]:
 
 def latest(settings, name: str, **match) -> dict | None:
     """The newest record whose fields equal `match`."""
-    for record in reversed(read(settings, name)):
-        if all(record.get(key) == value for key, value in match.items()):
-            return record
-    return None
+    found = (r for r in reversed(read(settings, name)) if match.items() <= r.items())
+    return next(found, None)
 
 
 def lock_sets(settings) -> dict[str, str]:
@@ -89,10 +80,9 @@ def check_locked(settings) -> dict[str, str]:
     for name, expected in hashes.items():
         file = settings.path(f"data/eval/{name}.jsonl")
         if not file.exists() or file_hash(file) != expected:
-            raise SlmError(
-                f"data/eval/{name}.jsonl: changed since it was locked; restore it, or delete data/eval/lock.json "
-                "and run 02_baseline again (older scores then no longer compare)."
-            )
+            mend = "restore it, or delete data/eval/lock.json and run 02_baseline again"
+            older = "(older scores then no longer compare)"
+            raise SlmError(f"data/eval/{name}.jsonl: changed since it was locked; {mend} {older}.")
     return hashes
 
 

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -75,11 +76,26 @@ class Row(BaseModel):
         """The last user message."""
         return next(m.content for m in reversed(self.messages) if m.role == "user")
 
+    def answered(self, answer: str) -> "Row":
+        """The row with another final answer."""
+        last = self.messages[-1].model_copy(update={"content": answer})
+        return self.model_copy(update={"messages": [*self.prompt, last]})
+
+    def noted(self, **meta) -> "Row":
+        """The row with other fields of `meta`; a provenance adds to what is known."""
+        if "provenance" in meta:
+            meta["provenance"] = {**self.meta.provenance, **meta["provenance"]}
+        return self.model_copy(update={"meta": self.meta.model_copy(update=meta)})
+
+
+def digest(text: str, size: int = 12) -> str:
+    """The first `size` hex digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:size]
+
 
 def content_id(messages: Iterable[Message]) -> str:
     """A 12-digit hex id from the roles and contents, so that equal rows have equal ids."""
-    text = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest(json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False))
 
 
 def make_row(user: str, answer: str, *, id: str | None = None, rejected: str | None = None, **meta) -> Row:
@@ -93,6 +109,8 @@ def from_any(record: dict, **meta) -> Row:
 
     `meta` fills the fields the record does not carry. Raises ValueError when the record is none of the four.
     """
+    if not isinstance(record, dict):
+        raise ValueError("a line must be a JSON object")
     if "messages" in record and "meta" in record:
         return Row.model_validate(record)
     known = {"messages", "instruction", "input", "output", "prompt", "chosen", "rejected"}
@@ -119,8 +137,9 @@ def explain(error: Exception) -> str:
     return str(error)
 
 
-def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers (from 1) and non-empty lines of a UTF-8 file. Raises SlmError on a missing file or bad bytes."""
+def iter_lines(path: Path, blank: bool = False) -> Iterator[tuple[int, str]]:
+    """Line numbers (from 1) and lines of a UTF-8 file, those without text only when `blank`. Raises SlmError on a
+    missing file or bad bytes."""
     path = Path(path)
     if not path.is_file():
         raise SlmError(f"{path}: there is no such file.")
@@ -130,7 +149,7 @@ def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise SlmError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8.") from None
-            if line.strip():
+            if blank or line.strip():
                 yield number, line
 
 
@@ -138,10 +157,7 @@ def iter_rows(path: Path, **meta) -> Iterator[Row]:
     """The rows of a JSONL file, in any of the four formats. Raises SlmError with file:line at the first bad line."""
     for number, line in iter_lines(path):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("a line must be a JSON object")
-            row = from_any(record, **meta)
+            row = from_any(json.loads(line), **meta)
         except (ValueError, ValidationError, TypeError, RecursionError) as error:
             raise SlmError(f"{path}:{number}: {explain(error)}. Mend or remove that line.") from None
         yield row
@@ -158,28 +174,32 @@ def read_rows(path: Path, **meta) -> list[Row]:
     return rows
 
 
-def write_text(path: Path, text: str | Iterable[str]) -> Path:
-    """Write a whole file or nothing, from one text or from parts as they come: temporary file beside it, fsync, rename."""
+@contextmanager
+def replacing(path: Path):
+    """A binary stream whose content takes the place of `path` at the end, whole or not at all."""
     path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise SlmError(f"{path}: cannot write ({error.strerror}).") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.writelines([text] if isinstance(text, str) else text)
+        with part.open("wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(part, path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise SlmError(f"{path}: cannot write ({error.strerror}); nothing was changed. Free some space, run again.") from None
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+        where = path if error.filename in (None, str(part)) else error.filename
+        problem = f"{error.strerror}; nothing was written. Mend that (free some space?), run again"
+        raise SlmError(f"{where}: {problem}.") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def write_text(path: Path, text: str | Iterable[str]) -> Path:
+    """Write a whole file or nothing, from one text or from parts as they come."""
+    with replacing(path) as stream:
+        stream.writelines(part.encode() for part in ([text] if isinstance(text, str) else text))
+    return Path(path)
 
 
 def write_json(path: Path, value) -> Path:
@@ -195,3 +215,17 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> Path:
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     """Write rows as JSONL, atomically."""
     return write_jsonl(path, (row.model_dump(exclude_none=True) for row in rows))
+
+
+def append_jsonl(path: Path, records: Iterable[dict]) -> None:
+    """Add lines to a file, on disk when this returns. Half of a surrogate pair (an emoji cut in two) is escaped."""
+    text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as stream:
+            stream.write(text.encode("utf-8", "backslashreplace"))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        problem = f"cannot write ({error.strerror}). Free some space and run again; nothing is lost"
+        raise SlmError(f"{path}: {problem}.") from None

@@ -1,6 +1,5 @@
 """The numbered notebooks through papermill, in order, each run under its id; a failed run resumes where it stopped."""
 
-import hashlib
 import json
 import re
 import sys
@@ -11,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from slm.errors import SlmError
 from slm.notebook import stale_exports
+from slm.registry import file_hash
 from slm.rows import write_json
 from slm.settings import Settings
 
@@ -75,7 +75,7 @@ def _run(settings: Settings, chosen: list[Path], config: str, overrides: dict, r
     state = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     done = []
     for path in chosen:
-        stamp = f"{settings.hash} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+        stamp = f"{settings.hash} {file_hash(path)[:12]}"
         before = state.get(path.stem, {})
         if resume and before.get("status") == "done" and before.get("stamp") == stamp:
             print(f"{path.stem:<14} kept from before ({before['seconds']:.0f} s)")

@@ -85,6 +85,7 @@ def test_a_file_that_is_no_log_is_refused(settings):
         ("mail ada.lovelace@corp.co.uk now", "EMAIL", "ada"),
         ("or someone@example.com", "EMAIL", "someone"),
         ("call +49 171 5550 1234", "PHONE", "5550"),
+        ("call +49 151 2345 6789", "PHONE", "2345"),
         ("ring (030) 1234 5678", "PHONE", "1234"),
         ("fax 555-010-1234", "PHONE", "010"),
         ("key sk-abcdEFGH1234abcdEFGH", "SECRET", "abcd"),

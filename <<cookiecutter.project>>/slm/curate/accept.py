@@ -1,7 +1,6 @@
 """Seed rows and batches go through the gates; accepted, rejected, split and recorded. in == accepted + rejected."""
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,19 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from slm import registry
 from slm.curate import gates, leakage
-from slm.curate.coverage import coverage
+from slm.curate.coverage import shares, tally
 from slm.curate.decisions import read_decisions
 from slm.curate.engine import Job, Judged, Local, embed, judge
 from slm.curate.plots import plot_funnel
-from slm.curate.read import Chunk, Verdict, chunks, read_candidates, replacing
+from slm.curate.read import Chunk, Verdict, chunks, read_candidates
 from slm.curate.split import split_file
 from slm.curate.text import skeleton, text_of, words
 from slm.curate.versions import record_dataset, writing
 from slm.errors import SlmError
 from slm.generate.plan import batches, languages
-from slm.rows import Row, iter_rows
+from slm.rows import Row, iter_rows, replacing
 
 SEED, ALL = "data/raw/seed.jsonl", "data/accepted/all.jsonl"
 
@@ -69,19 +67,16 @@ class Curated:
         """A table of up to `n` rejected rows per gate, with reason, evidence and place."""
         import pandas as pd
 
-        shown: dict[str, list] = defaultdict(list)
-        wanted = sum(min(n, step["rejected"]) for step in self.steps)
-        for r in self.rejected_records():
-            if len(shown[r["gate"]]) < n:
+        left, lines = {step["gate"]: min(n, step["rejected"]) for step in self.steps}, []
+        order, records = [*left], self.rejected_records()
+        while any(left.values()) and (r := next(records, None)):
+            if left[r["gate"]]:
+                left[r["gate"]] -= 1
                 text = text_of(Row.model_validate(r["row"])) if "row" in r else r["raw"]
                 evidence, place = json.dumps(r["evidence"], ensure_ascii=False), f"{r['file']}:{r['line']}"
-                shown[r["gate"]].append((r["gate"], r["reason"], place, text[:80], evidence[:120]))
-                if sum(map(len, shown.values())) >= wanted:
-                    break
-        columns = ["gate", "reason", "place", "message", "evidence"]
-        order = {step["gate"]: at for at, step in enumerate(self.steps)}
-        lines = sorted((line for lines in shown.values() for line in lines), key=lambda line: order.get(line[0], 0))
-        return pd.DataFrame(lines, columns=columns)
+                lines.append((r["gate"], r["reason"], place, text[:80], evidence[:120]))
+        lines.sort(key=lambda line: order.index(line[0]))
+        return pd.DataFrame(lines, columns=["gate", "reason", "place", "message", "evidence"])
 
     def planted_faults(self):
         """A table of the planted faults and whether the gates caught them; empty when none were planted."""
@@ -110,31 +105,30 @@ def curate(
     secret = frozenset(run for text in hidden for run in gates.runs(words(text)))
     job = Job(settings, contract, checks, count_tokens, known, secret, read_decisions(settings), frozenset([SEED]))
     parts = [chunk for f in files for chunk in chunks(f, str(f.relative_to(settings.root)))]
+    machine = local = Local(job, parts)
     if cfg.ray:
         from slm.curate.ray import Cluster
 
-        judged = judge(Cluster(job, parts), extra)
-    else:
-        judged = judge(Local(job, parts), extra)
-    targets = {str(f.relative_to(settings.root)): settings.path(f"data/rejected/{f.stem}.jsonl") for f in files}
+        machine = Cluster(job, parts)
+    judged = judge(machine, extra)
     with writing(settings), ExitStack() as rejected, ExitStack() as accepted:
         streams: dict[Path, object] = {}
 
-        def refuse(target: Path, lines: bytes) -> int:
+        def refuse(name: str, lines: bytes) -> int:
+            target = settings.path(f"data/rejected/{Path(name).stem}.jsonl")
             if lines and target not in streams:
                 streams[target] = rejected.enter_context(replacing(target))
             return streams[target].write(lines) and lines.count(b"\n") if lines else 0
 
-        gone = _removed(settings.path(ALL), set(judged.ids))
-        removed = sum(refuse(settings.path("data/rejected/removed.jsonl"), line) for line in gone)
+        removed = sum(refuse("removed", line) for line in _removed(settings.path(ALL), set(judged.ids)))
         all_rows, kept, refused = accepted.enter_context(replacing(settings.path(ALL))), 0, 0
-        for chunk, (good, bad) in zip(parts, _written(Local(job, parts), judged), strict=True):
+        for chunk, (good, bad) in zip(parts, _written(local, judged), strict=True):
             all_rows.write(good)
-            kept, refused = kept + good.count(b"\n"), refused + refuse(targets[chunk.name], bad)
+            kept, refused = kept + good.count(b"\n"), refused + refuse(chunk.name, bad)
         if len(judged.ids) != kept + refused:
             raise SlmError(f"{len(judged.ids)} rows in, {kept} accepted, {refused} rejected: rows were lost.")
         rejected.close()
-        for target in {*targets.values()} - {*streams}:
+        for target in {settings.path(f"data/rejected/{f.stem}.jsonl") for f in files} - {*streams}:
             target.unlink(missing_ok=True)
         if not kept:
             raise SlmError(f"all {refused} rows were refused; read data/rejected, then mend the prompt or the gates.")
@@ -142,12 +136,13 @@ def curate(
         steps, total, path = judged.steps, len(judged.ids) + removed, settings.path(ALL)
         if removed:
             steps.insert(0, {"gate": "removed", "in": total, "rejected": removed, "out": len(judged.ids)})
-        table = coverage(iter_rows(path), contract, languages(settings))
+        found = tally(iter_rows(path))
+        table = shares(found, contract, languages(settings))
         uneven = table[~table["verdict"].isin(["", "ok"])]
         short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
         steps.append({"gate": "coverage", "in": kept, "rejected": 0, "out": kept, "warnings": short})
-        parents = {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files}
-        record = record_dataset(settings, path, split_file(settings, path), parents, steps)
+        parents = [str(f.relative_to(settings.root)) for f in files]
+        record = record_dataset(settings, path, split_file(settings, path), parents, steps, found)
     return Curated(
         total, kept, refused + removed, path, sorted(streams), steps, record, _planted(settings, judged), table,
         judged.tokens, judged.similarities, np.array(judged.measures),

@@ -27,11 +27,17 @@ def tally(rows: Iterable[Row]) -> dict[str, Counter]:
 
 
 def coverage(rows: Iterable[Row], contract, languages: dict[str, float] | None = None):
-    """A table: dimension, value, rows, share, quota (share planned; empty where nothing is planned) and verdict: "ok",
-    "short" (less than half of the quota), "too many easy" (over 60 % easy) or "". `languages`: planned shares."""
+    """The table of shares() for rows."""
+    return shares(tally(rows), contract, languages)
+
+
+def shares(found: dict[str, Counter], contract, languages: dict[str, float] | None = None):
+    """What tally() found as a table: dimension, value, rows, share, quota (share planned; empty where nothing is
+    planned) and verdict: "ok", "short" (less than half of the quota), "too many easy" (over 60 % easy) or "".
+    `languages`: planned shares."""
     import pandas as pd
 
-    labels, found = label_values(contract), tally(rows)
+    labels = label_values(contract)
     quotas = {
         "category": dict.fromkeys(labels, 1 / len(labels)), "kind": KIND_SHARES,
         "difficulty": dict.fromkeys(DIFFICULTIES, 1 / len(DIFFICULTIES)), "domain": {}, "language": languages or {},

@@ -1,16 +1,15 @@
 """What people decided about single rows: data/raw/decisions.jsonl, append-only; the latest line of an id holds."""
 
-import json
-import os
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from slm import registry
 from slm.errors import SlmError
-from slm.rows import explain, iter_lines
+from slm.rows import append_jsonl, explain, iter_lines
+
+FILE = "data/raw/decisions.jsonl"
 
 
 class Decision(BaseModel):
@@ -25,14 +24,9 @@ class Decision(BaseModel):
     reason: str = ""
 
 
-def decisions_file(settings) -> Path:
-    """data/raw/decisions.jsonl."""
-    return settings.path("data/raw/decisions.jsonl")
-
-
 def read_decisions(settings) -> dict[str, Decision]:
     """The decision in force for each row id. Raises SlmError with file:line at a line that is none."""
-    path, found = decisions_file(settings), {}
+    path, found = settings.path(FILE), {}
     for number, line in iter_lines(path) if path.is_file() else ():
         try:
             decision = Decision.model_validate_json(line)
@@ -44,10 +38,6 @@ def read_decisions(settings) -> dict[str, Decision]:
 
 def decide(settings, decision: Decision) -> Decision:
     """Append one decision, locked and on disk when this returns."""
-    path = decisions_file(settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"), path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(decision.model_dump(exclude_none=True), ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    with registry.locked(settings, "decisions"):
+        append_jsonl(settings.path(FILE), [decision.model_dump(exclude_none=True)])
     return decision

@@ -12,30 +12,33 @@ from slm.rows import Row
 
 WINDOW, CROWD = 8, 64  # in a bucket a row is compared with so many before it; in a crowd with the first one only
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # first < second, similarity
+NONE: Edges = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 # What is known of a row: hashes of words, skeleton (0: none) and answer; `spared` is what a person accepted.
 ROW = np.dtype([("text", "u8"), ("shape", "u8"), ("value", "u8"), ("tokens", "i4"), ("near_miss", "?"), ("trusted", "?"), ("spared", "?")])
 
 
 @dataclass
 class Table:
-    """n rows in order (dtype ROW), their ids, whom some differ from on purpose (provenance.contrast_of), and the
-    verdicts of gate 6 on single rows, which wait for the gates before it."""
+    """n rows in order (dtype ROW), their ids, which of them no gate has refused, whom some differ from on purpose
+    (provenance.contrast_of), and the verdicts of gate 6 on single rows, which wait for the gates before it."""
 
     rows: np.ndarray
-    ids: list[str]
+    ids: list[str | None]
+    alive: np.ndarray
     contrast: dict[int, str] = field(default_factory=dict)
     late: dict[int, Verdict] = field(default_factory=dict)
 
     @cached_property
     def firsts(self) -> np.ndarray:
-        """For each row the first with the same words and answer; what a person accepted stands for itself."""
-        own = np.where(self.rows["spared"], np.arange(1, len(self.rows) + 1), 0).astype(np.uint64)
+        """For each row the first with the same words and answer; what a person accepted stands for itself, and what
+        is refused too."""
+        own = np.where(self.rows["spared"] | ~self.alive, np.arange(1, len(self.rows) + 1), 0).astype(np.uint64)
         return _first((self.rows["text"] * _P ^ self.rows["value"]) * _P + own)
 
     @property
     def distinct(self) -> np.ndarray:
         """The rows that repeat no earlier row's words and answer: only these are compared."""
-        return np.flatnonzero(self.firsts == np.arange(len(self.rows)))
+        return np.flatnonzero((self.firsts == np.arange(len(self.rows))) & self.alive)
 
     def contrasted(self, a: int, b: int) -> bool:
         """Whether one says that it differs from the other on purpose."""
@@ -72,24 +75,21 @@ def near_edges(bands, rows: np.ndarray, shingles, threshold: float) -> Edges:
     for lines, keys in bands:
         a, b = bucket_pairs(keys, lines)
         seen = np.union1d(seen, (a.astype(np.int64) << 32) | b)
-    first, second, similar = [], [], []
-    sizes = np.diff(shingles.indptr)
+    sizes, found = np.diff(shingles.indptr), [NONE]
     for begin in range(0, len(seen), 500_000):
         a, b = seen[begin : begin + 500_000] >> 32, seen[begin : begin + 500_000] & (2**32 - 1)
         shared = np.diff(shingles[a].multiply(shingles[b]).tocsr().indptr)
         jaccard = shared / (sizes[a] + sizes[b] - shared)
         alike = jaccard >= threshold
-        for found, values in ((first, rows[a]), (second, rows[b]), (similar, jaccard)):
-            found.append(values[alike])
-    empty = [np.zeros(0, np.int64)]
-    return tuple(np.concatenate(found or empty) for found in (first, second, similar))
+        found.append((rows[a[alike]], rows[b[alike]], jaccard[alike]))
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
 
 
-def cosine_edges(texts: list[str], of: np.ndarray, threshold: float, chunk: int = 2000) -> Edges:
-    """Pairs of the texts numbered `of` with a TF-IDF cosine of at least `threshold`; all texts weigh the words."""
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
-    if len(of) > 1 and any(text.strip() for text in texts):
-        matrix = tfidf(texts)[of]
+def cosine_edges(texts: dict[int, str], of: np.ndarray, threshold: float, chunk: int = 2000) -> Edges:
+    """Pairs of the rows `of` with a TF-IDF cosine of at least `threshold`; all texts (by row) weigh the words."""
+    found = [NONE]
+    if len(of) > 1 and any(text.strip() for text in texts.values()):
+        matrix = tfidf(list(texts.values()))[np.searchsorted(list(texts), of)]
         for begin in range(0, len(of), chunk):
             end = min(begin + chunk, len(of))
             product = (matrix[begin:end] @ matrix[:end].T).tocoo()
@@ -109,7 +109,7 @@ def vector_edges(vectors: np.ndarray, of: np.ndarray, threshold: float, cells: i
     cell = np.concatenate(assigned) if assigned else np.zeros((0, 2), int)
     lines, keys = np.tile(of, cell.shape[1]), cell.T.ravel()
     order = np.lexsort((lines, keys))
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    found = [NONE]
     for members in np.split(lines[order], np.flatnonzero(np.diff(keys[order])) + 1):
         for begin in range(0, len(members), chunk):
             # A cell of more than `chunk` vectors is compared slice by slice: the cost stays linear.
@@ -133,7 +133,7 @@ def join(table: Table, near: Edges, semantic: Edges) -> list[tuple[int, int, str
     """All pairs of distinct rows in the order of (second, first), each with the measure that found it first. Rows with
     the same words are paired with the first of them."""
     text, own = table.rows["text"], table.distinct
-    heads = _first(text)[own]
+    heads = own[_first(text[own])]
     best = {(a, b): ("exact", 1.0) for a, b in zip(heads.tolist(), own.tolist(), strict=True) if a != b}
     for measure, (a, b, similarity) in (("jaccard", near), ("cosine", semantic)):
         other = text[a] != text[b]
@@ -149,7 +149,7 @@ def decide(table: Table, edges: list, contradiction: float, near: float, fetch: 
     duplicates(table, [e for e in edges if e[2] != "jaccard" or e[3] >= near], verdicts)
     text, spared, seen = table.rows["text"], table.rows["spared"], {}
     for n, shape in enumerate(table.rows["shape"].tolist()):
-        if n in verdicts:
+        if n in verdicts or not table.alive[n]:
             continue
         if n in table.late:
             verdicts[n] = table.late[n]

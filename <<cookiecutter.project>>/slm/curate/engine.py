@@ -49,15 +49,14 @@ class Job:
         found = read_chunk(chunk)
         for n, c in enumerate(found) if self.decisions else ():
             if c.row and (mend := self.decisions.get(c.row.id)) and mend.decision == "edit" and mend.answer is not None:
-                last = c.row.messages[-1].model_copy(update={"content": mend.answer})
-                meta = c.row.meta.model_copy(update={"provenance": c.row.meta.provenance | {"edited_by": mend.reviewer}})
-                row = c.row.model_copy(update={"messages": [*c.row.messages[:-1], last], "meta": meta})
-                found[n] = replace(c, row=row)
+                mended = c.row.answered(mend.answer).noted(provenance={"edited_by": mend.reviewer})
+                found[n] = replace(c, row=mended)
         return found
 
-    def said(self, row: Row, decision: str) -> bool:
-        """Whether a person's decision on this row is in force."""
-        return bool(self.decisions) and row.id in self.decisions and self.decisions[row.id].decision == decision
+    def spared(self, row: Row) -> bool:
+        """Whether a person accepted this row."""
+        said = self.decisions.get(row.id)
+        return said is not None and said.decision == "accept"
 
     def answer(self, text: str) -> tuple[Verdict | None, dict | None, int]:
         """The verdict on an answer, its value, and the value's hash."""
@@ -71,82 +70,74 @@ class Job:
 
 @dataclass
 class Part:
-    """A chunk, judged: of every line its id and where it stands, the verdicts so far, and of the lines that `passed`
-    what later gates need (see duplicates.Table)."""
+    """A chunk, judged: of every line its id, where it stands, and what later gates need (see duplicates.Table); the
+    verdicts so far."""
 
     ids: list[str | None]
     lines: np.ndarray  # (number, offset)
     verdicts: dict[int, Verdict]
     late: dict[int, Verdict]
     contrast: dict[int, str]
-    passed: np.ndarray
     rows: np.ndarray  # dtype ROW
     sketch: Sketch
     bands: np.ndarray | None
     vectors: np.ndarray | None
 
 
+def judge_row(job: Job, c: Candidate, said: list[str]) -> Verdict | None:
+    """The gates that need nothing but the row and the words of its messages, in their order."""
+    if c.row is None:
+        return c.verdict
+    word = job.decisions.get(c.row.id)
+    if word and word.decision == "reject":
+        evidence = {"reviewer": word.reviewer, "time": word.time}
+        return Verdict("human_review", word.reason or f"refused by {word.reviewer}", evidence)
+    verdict, value, _ = job.answer(c.row.answer)
+    if verdict is None and not job.spared(c.row):
+        verdict = gates.checked(c.row, dict(value), job.checks) or gates.leaked(c.row, said, job.secret)
+    return verdict or privacy.personal([c.row])[0]
+
+
 def judge_chunk(job: Job, chunk: Chunk) -> Part:
     """Every gate that looks at one row, over the lines of a chunk; each gate sees what those before it let through."""
     found, cfg = job.read(chunk), job.settings.curate
-    verdicts = {n: c.verdict for n, c in enumerate(found) if c.verdict}
-    values: dict[int, dict] = {}
-    hashes: dict[int, int] = {}
-    for n, c in enumerate(found):
-        if c.row and job.said(c.row, "reject"):
-            said = job.decisions[c.row.id]
-            evidence = {"reviewer": said.reviewer, "time": said.time}
-            verdicts[n] = Verdict("human_review", said.reason or f"refused by {said.reviewer}", evidence)
-        elif c.row:
-            verdict, values[n], hashes[n] = job.answer(c.row.answer)
-            if verdict:
-                verdicts[n] = verdict
-    exempt = {n for n, c in enumerate(found) if c.row and job.said(c.row, "accept")}
-    said = {n: words(text_of(c.row)) for n, c in enumerate(found) if n not in verdicts}
-    tokens: dict[int, int] = {}
-
-    def gate(judge: Callable, spared: Iterable[int] = ()) -> None:
-        order = [n for n in said if n not in verdicts and n not in spared]
-        for n, verdict in zip(order, judge(order), strict=True) if order else ():
-            if verdict:
-                verdicts[n] = verdict
-
-    def rows(order: list[int]) -> list[Row]:
-        return [found[n].row for n in order]
-
-    def length(order: list[int]) -> list[Verdict | None]:
+    texts = [text_of(c.row) if c.row else "" for c in found]
+    said = [words(text) for text in texts]
+    verdicts = {n: verdict for n, c in enumerate(found) if (verdict := judge_row(job, c, said[n]))}
+    passed, tokens = {n: c.row for n, c in enumerate(found) if n not in verdicts}, {}
+    if job.count_tokens is not None and passed:
         limit = min(cfg.max_tokens, job.settings.train.max_seq_length)
-        tokens.update(zip(order, job.count_tokens([job.contract.messages(row) for row in rows(order)]), strict=True))
-        return [gates.too_long(tokens[n], limit) for n in order]
+        counts = job.count_tokens([job.contract.messages(row) for row in passed.values()])
+        tokens = dict(zip(passed, counts, strict=True))
+        verdicts |= {n: verdict for n in passed if (verdict := gates.too_long(tokens[n], limit))}
+        passed = {n: row for n, row in passed.items() if n not in verdicts}
 
-    if job.checks:
-        gate(lambda order: gates.checked(rows(order), [dict(values[n]) for n in order], job.checks), exempt)
-    gate(lambda order: gates.leaked(rows(order), [said[n] for n in order], job.secret), exempt)
-    gate(lambda order: privacy.personal(rows(order)))
-    if job.count_tokens is not None:
-        gate(length)
-    passed = [n for n in said if n not in verdicts]
-    made, vectors = sketch([said[n] for n in passed], job.names), None
-    if passed and cfg.embedder:
-        vectors = embed(cfg.embedder, [text_of(row) for row in rows(passed)])
+    made, vectors = sketch(said, job.names), None
+    if cfg.embedder and found:
+        vectors = embed(cfg.embedder, [text if n in passed else "" for n, text in enumerate(texts)])
     if job.known:
         hits = leakage.overlaps(made, job.known, cfg.leakage)
         if vectors is not None and job.known.vectors is not None:
             close = leakage.nearest(vectors, job.known.vectors)
             semantic = ((n, "cosine", c) if c >= cfg.embedding_duplicate else None for n, c in close)
             hits = [hit or other for hit, other in zip(hits, semantic, strict=True)]
-        verdicts |= {n: job.known.verdict(hit) for n, hit in zip(passed, hits, strict=True) if hit}
-    trivial = gates.trivial(rows(passed), [said[n] for n in passed], cfg.min_words)
-    late = {n: v for n, v in zip(passed, trivial, strict=True) if v and n not in exempt}
-    known = [(
-        made.text[i], 0 if n in late or len(said[n]) < 6 else made.shape[i], hashes[n], tokens.get(n, 0), (meta := found[n].row.meta).kind
-        == "near_miss", meta.source == "human" or chunk.name in job.trusted, n in exempt) for i, n in enumerate(passed)]  # fmt: skip
-    return Part(
-        [c.row and c.row.id for c in found], np.array([(c.line, c.offset) for c in found], np.int64).reshape(-1, 2), verdicts, late,
-        {n: other for n in passed if (other := found[n].row.meta.provenance.get("contrast_of"))}, np.array(passed, np.int64),
-        np.array(known, duplicates.ROW), made, band_keys(made, min(cfg.near_duplicate, cfg.contradiction)),
-        None if vectors is None else vectors.astype(np.float16),
-    )  # fmt: skip
+        verdicts |= {n: job.known.verdict(hits[n]) for n in passed if hits[n]}
+
+    late = {
+        n: verdict for n, row in passed.items()
+        if not job.spared(row) and (verdict := gates.trivial(row, said[n], cfg.min_words))
+    }  # fmt: skip
+    rows = np.zeros(len(found), duplicates.ROW)
+    for n, row in passed.items():
+        shape = 0 if n in late or len(said[n]) < 6 else made.shape[n]
+        trusted = row.meta.source == "human" or chunk.name in job.trusted
+        value, near_miss = job.answer(row.answer)[2], row.meta.kind == "near_miss"
+        rows[n] = made.text[n], shape, value, tokens.get(n, 0), near_miss, trusted, job.spared(row)
+    contrast = {n: twin for n, row in passed.items() if (twin := row.meta.provenance.get("contrast_of"))}
+    lines = np.array([(c.line, c.offset) for c in found], np.int64).reshape(-1, 2)
+    bands = band_keys(made, min(cfg.near_duplicate, cfg.contradiction))
+    vectors = None if vectors is None else vectors.astype(np.float16)
+    return Part([c.row and c.row.id for c in found], lines, verdicts, late, contrast, rows, made, bands, vectors)
 
 
 class Local:
@@ -182,7 +173,7 @@ class Local:
         parts = [(p, k) for p, k in zip(self.parts, kept, strict=True) if len(k)]
         rows = np.arange(sum(len(k) for _, k in parts))
         if not len(rows):
-            return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+            return duplicates.NONE
         shingles = vstack([p.sketch.matrix()[k] for p, k in parts], format="csr")
         bands = np.concatenate([p.bands[k] for p, k in parts])
         return duplicates.near_edges(((rows, keys) for keys in bands.T), rows, shingles, threshold)
@@ -209,6 +200,9 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
     starts = [0, *np.cumsum([len(p.ids) for p in parts]).tolist()]
     ids = [i for p in parts for i in p.ids]
 
+    def gather(get: Callable) -> dict:
+        return {s + n: v for s, part in zip(starts, parts, strict=False) for n, v in get(part).items()}
+
     def at(place: int) -> Chunk:
         c = bisect_right(starts, place) - 1
         chunk, (number, offset) = chunks[c], parts[c].lines[place - starts[c]].tolist()
@@ -220,65 +214,70 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
         row = job.read(at(place))[0].row
         return row, job.answer(row.answer)[1]
 
-    def gather(get: Callable) -> dict:
-        return {s + n: v for s, part in zip(starts, parts, strict=False) for n, v in get(part).items()}
+    verdicts, alive = gather(lambda part: part.verdicts), np.ones(len(ids), bool)
+    alive[[*verdicts]] = False
 
-    verdicts, first = gather(lambda part: part.verdicts), {}
+    def refuse(place: int, verdict: Verdict) -> None:
+        verdicts[place], alive[place] = verdict, False
+
+    first: dict[str, int] = {}
     for place, known in enumerate(ids):
         if known is None or (other := first.setdefault(known, place)) == place:
             continue
         early = place in verdicts and verdicts[place].gate in (*READING, "human_review")
         if not early and fetch(other)[0].messages != fetch(place)[0].messages:
             where = f"{at(other).name}:{at(other).line}"
-            verdicts[place] = Verdict("schema_validity", f"its id is already that of {where}", {"id": known})
+            refuse(place, Verdict("schema_validity", f"its id is already that of {where}", {"id": known}))
 
-    places = np.concatenate([s + p.passed for s, p in zip(starts, parts, strict=False)] or [np.zeros(0, np.int64)])
-    facts = np.concatenate([p.rows for p in parts] or [np.zeros(0, duplicates.ROW)])
+    facts = np.concatenate([np.zeros(0, duplicates.ROW), *(p.rows for p in parts)])
     vectors = [p.vectors for p in parts if p.vectors is not None]
-    alive = ~np.isin(places, np.fromiter(verdicts, np.int64, len(verdicts)))
     small = not cfg.embedder and alive.sum() <= SMALL
-    texts = {n: text_of(fetch(int(places[n]))[0]) for n in np.flatnonzero(alive).tolist()} if small else {}
+    texts = {n: text_of(fetch(n)[0]) for n in np.flatnonzero(alive).tolist()} if small else {}
     close = leakage.paraphrases(list(texts.values()), job.known) if texts and job.known else ()
-    for n, (hit, cosine) in zip(texts, close, strict=False):
+    for place, (hit, cosine) in zip(texts, close, strict=False):
         if cosine >= cfg.semantic_duplicate:
-            verdicts[int(places[n])], alive[n] = job.known.verdict((hit, "cosine", cosine)), False
-    for begin in range(0, len(places) if extra else 0, 2000):
+            refuse(place, job.known.verdict((hit, "cosine", cosine)))
+    waiting = np.flatnonzero(alive).tolist() if extra else []
+    for begin in range(0, len(waiting), 2000):
         for name, function in extra:
-            order = [n for n in range(begin, min(begin + 2000, len(places))) if alive[n] and (name == "expert_signoff" or not facts["spared"][n])]
-            found = [fetch(int(places[n])) for n in order]
+            order = [n for n in waiting[begin : begin + 2000] if alive[n]]
+            order = [n for n in order if name == "expert_signoff" or not facts["spared"][n]]
+            found = [fetch(n) for n in order]
             for n, verdict in zip(order, function([row for row, _ in found], [value for _, value in found]), strict=True):
                 if verdict:
-                    verdicts[int(places[n])], alive[n] = replace(verdict, gate=name), False
+                    refuse(n, replace(verdict, gate=name))
 
-    rows = np.flatnonzero(alive)
-    place_of = places[rows].tolist()
-    number = {place: n for n, place in enumerate(place_of)}
-    contrast, late = ({number[p]: v for p, v in gather(get).items() if p in number} for get in (lambda p: p.contrast, lambda p: p.late))
-    table = duplicates.Table(facts[rows], [ids[place] for place in place_of], contrast, late)
+    table = duplicates.Table(facts, ids, alive, gather(lambda part: part.contrast), gather(lambda part: part.late))
     own = table.distinct
-    bounds = np.cumsum([0, *(len(p.passed) for p in parts)])
-    cuts = np.searchsorted(rows[own], bounds)
-    near = machine.near([rows[own[a:b]] - s for a, b, s in zip(cuts, cuts[1:], bounds, strict=False)], min(cfg.near_duplicate, cfg.contradiction))
-    told = own[~np.isin(own, np.fromiter(late, np.int64, len(late)))]  # what is refused as trivial has no meaning to share
+    cuts = np.searchsorted(own, starts)
+    kept = [own[a:b] - s for a, b, s in zip(cuts, cuts[1:], starts, strict=False)]
+    a, b, similarity = machine.near(kept, min(cfg.near_duplicate, cfg.contradiction))
+    told = own[~np.isin(own, list(table.late))]  # what is refused as trivial has no meaning to share
     if vectors:
-        semantic = duplicates.vector_edges(np.concatenate(vectors)[rows], told, cfg.embedding_duplicate)
+        semantic = duplicates.vector_edges(np.concatenate(vectors), told, cfg.embedding_duplicate)
     else:
-        semantic = duplicates.cosine_edges([texts[n] for n in rows.tolist()] if small else [], told if small else told[:0], cfg.semantic_duplicate)
-    edges = duplicates.join(table, (own[near[0]], own[near[1]], near[2]), semantic)
-    decided = duplicates.decide(table, edges, cfg.contradiction, cfg.near_duplicate, lambda n: fetch(place_of[n]))
-    verdicts |= {place_of[n]: verdict for n, verdict in decided.items()}
+        texts = {n: text for n, text in texts.items() if alive[n]}
+        semantic = duplicates.cosine_edges(texts, told if small else told[:0], cfg.semantic_duplicate)
+    edges = duplicates.join(table, (own[a], own[b], similarity), semantic)
+    verdicts |= duplicates.decide(table, edges, cfg.contradiction, cfg.near_duplicate, fetch)
 
-    lost = Counter(v.gate for v in verdicts.values())
+    steps = funnel(job, [name for name, _ in extra], len(ids), Counter(v.gate for v in verdicts.values()))
+    for step in steps if not (small or vectors) and alive.any() else ():
+        step |= {"note": NOT_RUN} if step["gate"] in ("duplicates", "evaluation_leakage") else {}
+    alive[[*verdicts]] = False
+    similarities, measures = np.array([e[3] for e in edges]), [e[2] for e in edges]
+    return Judged(ids, starts, verdicts, steps, facts["tokens"][alive], similarities, measures)
+
+
+def funnel(job: Job, extra: list[str], left: int, lost: Counter) -> list[dict]:
+    """A record per gate, in their order: rows in, rejected and out."""
     order = [*(("human_review",) if lost["human_review"] else ()), *READING, "check", "leaked_instructions", "personal_data"]
     order += ["length"] * (job.count_tokens is not None) + ["evaluation_leakage"] * (job.known is not None)
-    steps, left = [], len(ids)
-    for name in dict.fromkeys([*order, *(name for name, _ in extra), "label_consistency", "duplicates", "trivial"]):
+    steps = []
+    for name in dict.fromkeys([*order, *extra, "label_consistency", "duplicates", "trivial"]):
         steps.append({"gate": name, "in": left, "rejected": lost[name], "out": left - lost[name]})
-        if not (small or vectors) and len(rows) and name in ("duplicates", "evaluation_leakage"):
-            steps[-1]["note"] = NOT_RUN
         left -= lost[name]
-    kept = ~np.isin(places, np.fromiter(verdicts, np.int64, len(verdicts)))
-    return Judged(ids, starts, verdicts, steps, facts["tokens"][kept], np.array([e[3] for e in edges]), [e[2] for e in edges])
+    return steps
 
 
 def _enums(node) -> list:

@@ -1,4 +1,4 @@
-"""The gates that judge a row by itself: pure functions, rows -> one verdict (or None) per row."""
+"""The gates that judge a row by itself: pure functions, a row -> its verdict, or None."""
 
 import re
 from collections.abc import Callable
@@ -8,8 +8,6 @@ from slm.curate.read import Verdict
 from slm.curate.text import text_of, words
 from slm.errors import SlmError
 from slm.rows import Row
-
-Verdicts = list[Verdict | None]
 
 # What a generator says about its own work. In answers everything counts; in messages only what no customer writes,
 # for an adversarial message may well speak of prompts and instructions.
@@ -60,22 +58,19 @@ def read_answer(answer: str, contract) -> tuple[Verdict | None, dict | None]:
     return None, strict.value
 
 
-def leaked(rows: list[Row], said: list[list[str]], secret: frozenset[str] = frozenset()) -> Verdicts:
+def leaked(row: Row, said: list[str], secret: frozenset[str] = frozenset()) -> Verdict | None:
     """Gate 4: no trace of the making, nor a run of seven words that stands in `secret` (see runs()). `said` are the
-    words of the rows' messages."""
-    verdicts, known = [], {word for run in secret for word in run.split()}
-    for row, found in zip(rows, said, strict=True):
-        user, answer = text_of(row), row.answer
-        phrase, streak = _speaks(user) or _answer_speaks(answer), 0
-        for n, word in enumerate([*found, *words(answer)] if secret and not phrase else ()):
-            streak = streak + 1 if word in known else 0
-            if streak >= 7 and (run := " ".join([*found, *words(answer)][n - 6 : n + 1])) in secret:
-                phrase = run
-                break
-        where = "answer" if phrase and phrase.lower() in answer.lower() else "message"
-        reason = f"the {where} speaks of its own making"
-        verdicts.append(phrase and Verdict("leaked_instructions", reason, {"phrase": phrase, "in": where}))
-    return verdicts
+    words of the row's messages."""
+    answer = row.answer
+    phrase = _speaks(text_of(row)) or _answer_speaks(answer)
+    if secret and not phrase:
+        found, known = [*said, *words(answer)], _words_in(secret)
+        near = (found[i : i + 7] for i in range(len(found) - 6) if found[i] in known and found[i + 6] in known)
+        phrase = next((run for part in near if (run := " ".join(part)) in secret), None)
+    if not phrase:
+        return None
+    where = "answer" if phrase.lower() in answer.lower() else "message"
+    return Verdict("leaked_instructions", f"the {where} speaks of its own making", {"phrase": phrase, "in": where})
 
 
 def runs(found: list[str]) -> list[str]:
@@ -83,20 +78,16 @@ def runs(found: list[str]) -> list[str]:
     return [" ".join(found[i : i + 7]) for i in range(len(found) - 6)]
 
 
-def trivial(rows: list[Row], said: list[list[str]], min_words: int) -> Verdicts:
+def trivial(row: Row, found: list[str], min_words: int) -> Verdict | None:
     """Gate 6 on the row alone: too short, the same words again and again, or an unfilled template."""
-    verdicts = []
-    for row, found in zip(rows, said, strict=True):
-        verdict = None
-        if len(found) < min_words:
-            verdict = Verdict("trivial", f"fewer than {min_words} words", {"words": len(found)})
-        elif len(found) >= 10 and len(set(found)) / len(found) < 0.3:
-            share = round(len(set(found)) / len(found), 2)
-            verdict = Verdict("trivial", "the same few words again and again", {"distinct_share": share})
-        elif row.meta.kind not in ("adversarial", "schema_repair") and (hit := _PLACEHOLDER.search(text_of(row))):
-            verdict = Verdict("trivial", "an unfilled template", {"phrase": hit.group(0)})
-        verdicts.append(verdict)
-    return verdicts
+    share = len(set(found)) / max(1, len(found))
+    if len(found) < min_words:
+        return Verdict("trivial", f"fewer than {min_words} words", {"words": len(found)})
+    if len(found) >= 10 and share < 0.3:
+        return Verdict("trivial", "the same few words again and again", {"distinct_share": round(share, 2)})
+    if row.meta.kind not in ("adversarial", "schema_repair") and (hit := _PLACEHOLDER.search(text_of(row))):
+        return Verdict("trivial", "an unfilled template", {"phrase": hit.group(0)})
+    return None
 
 
 def too_long(tokens: int, limit: int) -> Verdict | None:
@@ -105,22 +96,22 @@ def too_long(tokens: int, limit: int) -> Verdict | None:
     return Verdict("length", f"{tokens} tokens; at most {limit} fit", evidence) if tokens > limit else None
 
 
-def checked(rows: list[Row], values: list[dict], checks: list[Callable]) -> Verdicts:
+def checked(row: Row, value: dict, checks: list[Callable]) -> Verdict | None:
     """The user's own checks: `check(row, value)` gives a reason to refuse, or None. A crash raises SlmError."""
-    verdicts = []
-    for row, value in zip(rows, values, strict=True):
-        verdict = None
-        for check in checks:
-            try:
-                reason = check(row, value)
-            except Exception as error:
-                problem = f"{check.__name__} crashed on row {row.id} ({type(error).__name__}: {error})"
-                raise SlmError(f"task/checks.py: {problem}; mend it in 04.") from error
-            if reason:
-                verdict = Verdict("check", reason, {"check": check.__name__})
-                break
-        verdicts.append(verdict)
-    return verdicts
+    for check in checks:
+        try:
+            reason = check(row, value)
+        except Exception as error:
+            problem = f"{check.__name__} crashed on row {row.id} ({type(error).__name__}: {error})"
+            raise SlmError(f"task/checks.py: {problem}; mend it in 04.") from error
+        if reason:
+            return Verdict("check", reason, {"check": check.__name__})
+    return None
+
+
+@lru_cache(1)
+def _words_in(secret: frozenset[str]) -> frozenset[str]:
+    return frozenset(word for run in secret for word in run.split())
 
 
 def _speaks(text: str) -> str | None:

@@ -1,8 +1,5 @@
 """The optional judge: a model scores rows by the rubric; its word counts only once it agrees with people."""
 
-import hashlib
-import json
-import re
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -11,10 +8,10 @@ from slm.curate.decisions import read_decisions
 from slm.curate.read import Verdict
 from slm.curate.rubric import refusal
 from slm.errors import SlmError
-from slm.generate.plan import batches
+from slm.generate.plan import batches, records
 from slm.models.base import Answer, Prompt
 from slm.models.openai_api import OpenAIModel, run
-from slm.rows import Row, from_any
+from slm.rows import Row, digest, from_any
 
 TOKENS = 600  # room for one reply
 
@@ -38,9 +35,7 @@ class Judge:
         """Judge the rows that people decided (edited rows as edited), say how far they agree, and whether it is enough."""
         decisions, cfg, rows = read_decisions(self.settings), self.cfg, []
         for row in find_rows(self.settings, set(decisions)):
-            answer = decisions[row.id].answer or row.answer
-            last = row.messages[-1].model_copy(update={"content": answer})
-            rows.append(row.model_copy(update={"messages": [*row.messages[:-1], last]}))
+            rows.append(row.answered(decisions[row.id].answer or row.answer))
         replies = [(row.id, reply) for row, reply in zip(rows, self.ask(rows), strict=True) if reply is not None]
         pairs = [(decisions[row_id].decision != "reject", not refusal(reply)[0]) for row_id, reply in replies]
         kappa, low, high = agreement(pairs)
@@ -55,12 +50,12 @@ class Judge:
     def ask(self, rows: list[Row]) -> list[str | None]:
         """The judge's reply to each row, None where the budget ended. Raises SlmError when the endpoint fails for good."""
         prompts = [self.prompt(row) for row in rows]
-        keys = [(row.id, digest(self.model.fingerprint + text)) for row, text in zip(rows, prompts, strict=True)]
+        keys = [(row.id, digest(self.model.fingerprint + text, 16)) for row, text in zip(rows, prompts, strict=True)]
         todo = [(key, text) for key, text in zip(keys, prompts, strict=True) if key not in self.known]
         while todo:
             spent = [line["money"] for line in cost.entries(self.settings, "data_review_cost") if "judge" in line]
             left = self.cfg.judge_budget_usd - sum(spent)
-            worst = self._money(max(len(text.encode()) for _, text in todo) + 64, TOKENS)
+            worst = cost.token_money(self.cfg.judge, max(len(text.encode()) for _, text in todo) + 64, TOKENS)
             part = todo[: int((left + 1e-9) / worst) if worst else len(todo)]
             if left < 0 or not part:
                 print(f"judge: {len(todo)} rows not judged; {left:.4f} is left of curate.judge_budget_usd.")
@@ -76,17 +71,9 @@ class Judge:
         if answer.finish_reason != "error":
             used = (answer.prompt_tokens, answer.completion_tokens)
             facts = {"judge": self.model.name, "tokens_in": used[0], "tokens_out": used[1]}
-            cost.add(self.settings, "data_review_cost", self._money(*used), **facts)
+            cost.add(self.settings, "data_review_cost", cost.token_money(self.cfg.judge, *used), **facts)
             line = {"id": row_id, "prompt": prompt, "judge": self.model.name, "text": answer.text}
             self.known[row_id, prompt] = registry.append(self.settings, "judge", line)["text"]
-
-    def _money(self, tokens_in: int, tokens_out: int) -> float:
-        return cost.token_money(tokens_in, tokens_out, self.cfg.judge.usd_per_1m_input, self.cfg.judge.usd_per_1m_output)
-
-
-def digest(text: str) -> str:
-    """16 hex digits of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def agreement(pairs: list[tuple[bool, bool]]) -> tuple[float, float, float]:
@@ -103,10 +90,8 @@ def find_rows(settings, ids: set[str]) -> list[Row]:
     """The rows with these ids in the seed file and the batches; the first line of an id holds."""
     found, seed = {}, settings.path("data/raw/seed.jsonl")
     for path in [seed] * seed.is_file() + batches(settings) if ids else ():
-        with path.open("rb") as lines:
-            for line in lines:
-                name = re.search(rb'"id": ?"([^"]*)"', line)
-                if name and (key := name[1].decode(errors="replace")) in ids and key not in found:
-                    with suppress(ValueError):  # a broken line is the gates' to report
-                        found[key] = from_any(json.loads(line))
+        for record in records(path):
+            if (key := str(record.get("id"))) in ids and key not in found:
+                with suppress(ValueError):  # a broken line is the gates' to report
+                    found[key] = from_any(record)
     return list(found.values())

@@ -10,10 +10,10 @@ from slm.rows import Row
 
 _CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@([\w-]+(?:\.[\w-]+)+)")
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 _RESERVED = re.compile(r"(^|\.)(example\.(com|org|net)|example|test|invalid|localhost)$")
 _KEYS = re.compile(
-    r"\b(sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
+    r"\b(?:sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
     r"|xox[abprs]-[\w-]{10,}|hf_[A-Za-z0-9]{20,}|glpat-[\w-]{16,}|[rs]k_live_\w{10,}"
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,})|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^\s/:@]+:[^\s/@]+@"
 )
@@ -38,26 +38,26 @@ def entropy(text: str) -> float:
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values()) if text else 0.0
 
 
+def _digits(text: str) -> str:
+    return re.sub(r"\D", "", text)
+
+
+# What is looked for, in this order; a pattern's hit (its first group, where it has one) counts when the test holds.
+KINDS = (
+    ("a secret key", _KEYS, lambda key: True),
+    ("a secret key", _NAMED, lambda key: entropy(key) >= 3.5 and any(c.isdigit() for c in key)),
+    ("a payment card number", _CARD, lambda card: len(set(_digits(card))) > 1 and luhn(_digits(card))),
+    ("a bank account number", _IBAN, lambda iban: iban_valid(iban.replace(" ", ""))),
+    ("an international phone number", _PHONE, lambda phone: not _FICTION.search(_digits(phone))),
+    ("an e-mail address outside the reserved domains (example.com)", _EMAIL,
+     lambda email: not _RESERVED.search(email.rsplit("@", 1)[1].lower())),
+)  # fmt: skip
+
+
 def find(text: str) -> tuple[str, str] | None:
     """(what, the matching text) of the first piece of personal data or secret, or None."""
-    if hit := _KEYS.search(text):
-        return "a secret key", hit.group(0)
-    if (hit := _NAMED.search(text)) and entropy(hit.group(1)) >= 3.5 and any(c.isdigit() for c in hit.group(1)):
-        return "a secret key", hit.group(1)
-    for hit in _CARD.finditer(text):
-        digits = re.sub(r"\D", "", hit.group(0))
-        if len(set(digits)) > 1 and luhn(digits):
-            return "a payment card number", hit.group(0)
-    for hit in _IBAN.finditer(text):
-        if iban_valid(hit.group(0).replace(" ", "")):
-            return "a bank account number", hit.group(0)
-    for hit in _PHONE.finditer(text):
-        if not _FICTION.search(re.sub(r"\D", "", hit.group(0))):
-            return "an international phone number", hit.group(0)
-    for hit in _EMAIL.finditer(text):
-        if not _RESERVED.search(hit.group(1).lower()):
-            return "an e-mail address outside the reserved domains (example.com)", hit.group(0)
-    return None
+    hits = ((name, hit[hit.lastindex or 0], test) for name, pattern, test in KINDS for hit in pattern.finditer(text))
+    return next(((name, found) for name, found, test in hits if test(found)), None)
 
 
 def personal(rows: list[Row]) -> list[Verdict | None]:

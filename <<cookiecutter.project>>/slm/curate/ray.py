@@ -51,7 +51,7 @@ class Cluster:
         """Near duplicates among the lines kept[i] of chunk i, rows numbered through: all rows with a band key in common
         come to one task, which compares them as one machine would."""
         firsts = np.cumsum([0, *map(len, kept)])
-        found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+        found = [duplicates.NONE]
         if firsts[-1]:
             held = {"kept": kept, "firsts": firsts, "buckets": 1 + int(firsts[-1]) // 100_000}
             spread = self.judged.select_columns(["id", "heavy"]).map_batches(_spread, batch_size=1, fn_kwargs=held)

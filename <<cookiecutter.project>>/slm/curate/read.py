@@ -1,9 +1,7 @@
 """Tolerant reading: every line of a batch becomes a candidate, readable or not; none is lost."""
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,8 +100,6 @@ def _candidate(name: str, number: int, line: bytes, offset: int) -> Candidate:
     except (ValueError, RecursionError) as error:
         return candidate.refuse(Verdict("json_validity", f"not JSON: {error}", place))
     try:
-        if not isinstance(record, dict):
-            raise ValueError("a line must be a JSON object")
         row = from_any(record, category="all")
         row.model_dump_json()  # what cannot be written (half a surrogate pair, endless nesting) is no row
     except (ValueError, TypeError, RecursionError) as error:
@@ -115,21 +111,3 @@ def _finite(text: str) -> float:
     if (value := float(text)) in (float("inf"), float("-inf")):
         raise ValueError(f"{text[:20]} is too large")
     return value
-
-
-@contextmanager
-def replacing(path: Path):
-    """A binary stream whose content takes the place of `path` at the end, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise SlmError(f"{path}: cannot write ({error.strerror}); nothing was changed. Free some space, run again.") from None
-    finally:
-        part.unlink(missing_ok=True)

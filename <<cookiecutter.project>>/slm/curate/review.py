@@ -4,7 +4,7 @@ import json
 import re
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,12 @@ from pathlib import Path
 from slm import registry
 from slm.curate import privacy
 from slm.curate.decisions import Decision, decide, read_decisions
-from slm.curate.judge import Judge, digest, find_rows
+from slm.curate.judge import Judge, find_rows
 from slm.curate.read import Verdict
 from slm.curate.rubric import refusal
 from slm.errors import SlmError
-from slm.rows import Row, iter_lines
+from slm.generate.plan import judged
+from slm.rows import Row, digest
 
 PROVEN = ("json_validity", "schema_validity", "contract_validity", "length", "personal_data", "evaluation_leakage", "removed")
 WHY = ("sign-off", "judge refuses", "contradiction", "borderline", "high risk", "random sample")  # most pressing first
@@ -82,7 +83,7 @@ def by_hand(settings, row_id: str, decision: str, reviewer: str, reason: str = "
 def restore(settings, row_id: str, reviewer: str, reason: str = "") -> Decision:
     """A person takes a refused row back; 04 lets it through on its next run. Raises SlmError for a row that is not in
     data/rejected, or whose gate is no matter of opinion."""
-    record = next((r for r in _judged(settings) if r["gate"] and r["row"]["id"] == row_id), None)
+    record = next((r for r in judged(settings) if r["gate"] and r["row"]["id"] == row_id), None)
     if record is None:
         raise SlmError(f"{row_id}: no such row in data/rejected; the ids stand in its files.")
     decision, why = Decision(id=row_id, decision="accept", reviewer=reviewer, reason=reason), record["reason"]
@@ -91,16 +92,6 @@ def restore(settings, row_id: str, reviewer: str, reason: str = "") -> Decision:
     if record["gate"] == "expert_signoff" and not all(_signed(decision, who) for who in record["evidence"]["experts"]):
         raise SlmError(f"{row_id}: {why}; {reviewer} is none of them.")
     return decide(settings, decision)
-
-
-def _judged(settings) -> Iterator[dict]:
-    """What 04 decided last, one record a row as data/rejected keeps it; accepted rows have the gate ""."""
-    accepted = settings.path("data/accepted/all.jsonl")
-    for path in [accepted] * accepted.is_file() + sorted(settings.path("data/rejected").glob("*.jsonl")):
-        for record in (json.loads(line) for _, line in iter_lines(path)):
-            record = {"gate": "", "evidence": {}, "row": record} if path == accepted else record
-            if "row" in record:
-                yield record
 
 
 def review(settings, contract) -> "Review":
@@ -113,12 +104,12 @@ def review(settings, contract) -> "Review":
     risky = (*contract.unsafe_labels, *critical, *cfg.review_fields)
     queue: dict[str, tuple[Row, list[str]]] = {}
     found, sample = Counter(), []
-    for record in _judged(settings):
+    for record in judged(settings):
         if (gate := record["gate"]) in PROVEN:
             continue
         row, proof, why = Row.model_validate(record["row"]), record["evidence"], []
         if gate in ("", "judge", "human_review"):
-            insort(sample, (digest(f"{cfg.seed}:{row.id}"), row), key=lambda pair: pair[0])
+            insort(sample, (digest(f"{cfg.seed}:{row.id}", 16), row), key=lambda pair: pair[0])
             del sample[cfg.review_sample :]
         if gate == "expert_signoff":
             why.append(f"sign-off: {proof['field']}")

@@ -1,6 +1,5 @@
 """Train, dev and test from the accepted rows: whole groups, each label in proportion, with a seed."""
 
-import hashlib
 import mmap
 from array import array
 from collections import Counter, defaultdict
@@ -10,7 +9,7 @@ from pathlib import Path
 from slm import registry
 from slm.curate.text import text_of
 from slm.errors import SlmError
-from slm.rows import iter_rows, write_text
+from slm.rows import digest, iter_rows, write_text
 
 NAMES = ("train", "dev_internal", "test_internal")
 SMALL, LARGE = (0.70, 0.15, 0.15), (0.80, 0.10, 0.10)
@@ -26,7 +25,7 @@ def deal(keys: list[str], labels: list[str], seed: int, small_dataset: int) -> l
     if len(groups) < 3:
         raise SlmError(f"split: {len(keys)} accepted rows in {len(groups)} groups; three groups are the least.")
     shares, total = SMALL if len(keys) < small_dataset else LARGE, {**Counter(labels), None: len(keys)}
-    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    order = sorted(groups, key=lambda key: digest(f"{seed}:{key}", 64))
     filled, bare, side_of = [Counter() for _ in NAMES], [0, 1, 2], {}
     for place, key in enumerate(sorted(order, key=lambda key: -len(groups[key]))):  # a stable sort
         parts = [*Counter(labels[n] for n in groups[key]).items(), (None, len(groups[key]))]

@@ -1,25 +1,27 @@
 """Length in the student's own tokens, rendered with its chat template."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 
 PROBED = 20  # conversations of each shape that are counted both ways before the short way is believed
 
 
 def token_counter(settings) -> Callable[[list[list[dict]]], list[int]]:
-    """A function from conversations (lists of messages) to token counts, with the base model's tokenizer. What the
-    template puts around the contents of one sequence of roles is rendered and counted once, for special tokens part a
-    text into pieces that are tokenized alone. Where that differs from counting the whole, the whole is counted."""
+    """A function from conversations (lists of messages) to token counts, with the base model's tokenizer. The short
+    way: what the template puts around the contents of one sequence of roles is rendered once, and special tokens part
+    the text into pieces that are tokenized alone, each once. Where that differs from counting the whole, the whole is
+    counted."""
     from transformers import AutoTokenizer
 
     from slm.models import base_folder
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder(settings))
-    names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    names = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-    shapes: dict[tuple[str, ...], tuple[int, list[tuple[str, str]]] | None] = {}
-    probed: dict[tuple[str, ...], int] = {}
-    known: dict[str, int] = {}  # counts of what comes again and again: system prompts and answers
+    shapes: dict[tuple[str, ...], list[str] | None] = {}  # what stands around the contents; None: not the short way
+    probed: Counter = Counter()
+    known: dict[str, int] = {"": 0}
 
     def encode(texts: list[str]) -> list[int]:
         encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else []
@@ -28,44 +30,32 @@ def token_counter(settings) -> Callable[[list[list[dict]]], list[int]]:
     def whole(conversations: list[list[dict]]) -> list[int]:
         return encode([tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations])
 
-    def shape_of(roles: tuple[str, ...]) -> tuple[int, list[tuple[str, str]]] | None:
+    def shape_of(roles: tuple[str, ...]) -> list[str] | None:
         marks = [f"qz{n}zq" for n in range(len(roles))]
-        text = tokenizer.apply_chat_template([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)], tokenize=False)
-        pieces = re.split("|".join(sorted(marks, key=len, reverse=True)), text)
-        cuts = [list(special.finditer(piece)) for piece in pieces]
-        if len(pieces) != len(roles) + 1 or not all(cuts):
-            return None
-        heads = [piece[: c[0].start()] for piece, c in zip(pieces, cuts, strict=True)]
-        tails = [piece[c[-1].end() :] for piece, c in zip(pieces, cuts, strict=True)]
-        heads[0] = tails[-1] = ""
-        fixed = encode([p[len(h) : len(p) - len(t)] for p, h, t in zip(pieces, heads, tails, strict=True)])
-        return sum(fixed), list(zip(tails[:-1], heads[1:], strict=True))
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        around = re.split("|".join(marks), tokenizer.apply_chat_template(messages, tokenize=False))
+        return around if len(around) == len(roles) + 1 else None
 
-    def short(messages: list[dict]) -> tuple[int, list[str], tuple] | None:
-        roles = tuple(m["role"] for m in messages)
-        if roles not in shapes:
-            shapes[roles] = shape_of(roles)
-        plain = all((t := m["content"]) == t.strip() and "think>" not in t for m in messages)
-        if shapes[roles] is None or not plain:
+    def pieces(messages: list[dict], around: list[str] | None) -> list[str] | None:
+        contents = [m["content"] for m in messages]
+        if around is None or any(text != text.strip() or "think>" in text for text in contents):
             return None
-        fixed, around = shapes[roles]
-        return fixed, [f"{a}{m['content']}{b}" for m, (a, b) in zip(messages, around, strict=True)], roles
+        return special.split(around[0] + "".join(a + b for a, b in zip(contents, around[1:], strict=True)))
 
     def count(conversations: list[list[dict]]) -> list[int]:
-        found = [short(messages) for messages in conversations]
-        if len(known) > 200_000:
+        if len(known) > 50_000:
             known.clear()
-        once = {t for c, f in zip(conversations, found, strict=True) if f for m, t in zip(c, f[1], strict=True) if m["role"] == "user"}
-        rest = {t for f in found if f for t in f[1]} - once - known.keys()
-        lengths = dict(zip(once, encode(list(once)), strict=True))
-        known.update(zip(rest, encode(list(rest)), strict=True))
-        totals = [f and f[0] + sum(lengths[t] if t in lengths else known[t] for t in f[1]) for f in found]
-        for n, f in enumerate(found):
-            if f and (n == 0 or probed.get(f[2], 0) < PROBED):
-                probed[f[2]] = probed.get(f[2], 0) + 1
-                if whole([conversations[n]]) != [totals[n]]:
-                    shapes[f[2]] = None
-        late = [n for n, f in enumerate(found) if f is None or shapes[f[2]] is None]
+        roles = [tuple(m["role"] for m in messages) for messages in conversations]
+        shapes.update({each: shape_of(each) for each in set(roles) - shapes.keys()})
+        parts = [pieces(messages, shapes[each]) for messages, each in zip(conversations, roles, strict=True)]
+        new = list({text for part in parts if part for text in part} - known.keys())
+        known.update(zip(new, encode(new), strict=True))
+        totals = [part and sum(map(known.__getitem__, part)) + len(part) - 1 for part in parts]
+        for n, each in enumerate(roles):
+            if parts[n] and (n == 0 or probed[each] < PROBED):
+                probed[each] += 1
+                shapes[each] = shapes[each] if whole([conversations[n]]) == [totals[n]] else None
+        late = [n for n, each in enumerate(roles) if parts[n] is None or shapes[each] is None]
         for n, total in zip(late, whole([conversations[n] for n in late]), strict=True):
             totals[n] = total
         return totals

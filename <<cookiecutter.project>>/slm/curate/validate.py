@@ -21,7 +21,7 @@ def validate(path: Path, contract, checks: list[Callable] = ()) -> list[Candidat
         twin = first.setdefault(c.row.id, c.place) if c.row else c.place
         if verdict is None and twin != c.place:
             verdict = Verdict("schema_validity", f"its id {c.row.id} is already that of {twin}", {"id": c.row.id})
-        verdict = verdict or checked([c.row], [value], list(checks))[0]
+        verdict = verdict or checked(c.row, value, checks)
         found.append(c.refuse(verdict) if verdict else c)
     return found
 
@@ -37,15 +37,15 @@ def dedupe(settings, path: Path, against: Path | None = None) -> tuple[list[Row]
     files = [] if not against else sorted(Path(against).glob("*.jsonl")) if Path(against).is_dir() else [against]
     known = list({row.id: row for file in files for row in _readable(file) if row.id not in own}.values())
     every = [*known, *rows]
-    texts, number = [text_of(row) for row in every], np.arange(len(every))
-    made = sketch([words(text) for text in texts])
+    texts, number = {n: text_of(row) for n, row in enumerate(every)}, np.arange(len(every))
+    made = sketch([words(text) for text in texts.values()])
     bands = ((number, keys) for keys in band_keys(made, cfg.near_duplicate).T)
     near = duplicates.near_edges(bands, number, made.matrix(), cfg.near_duplicate)
     facts = np.zeros(len(every), duplicates.ROW)
     facts["text"], facts["value"] = made.text, [hash64(row.answer) for row in every]
     facts["near_miss"], facts["spared"] = [row.meta.kind == "near_miss" for row in every], number < len(known)
     contrast = {n: row.meta.provenance["contrast_of"] for n, row in enumerate(every) if "contrast_of" in row.meta.provenance}
-    table = duplicates.Table(facts, [row.id for row in every], contrast)
+    table = duplicates.Table(facts, [row.id for row in every], np.ones(len(every), bool), contrast)
     verdicts: dict[int, Verdict] = {}
     duplicates.duplicates(table, duplicates.join(table, near, duplicates.cosine_edges(texts, number, cfg.semantic_duplicate)), verdicts)
     kept = [row for n, row in enumerate(rows, len(known)) if n not in verdicts]

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from filelock import FileLock
 from slm import registry
 from slm.curate.coverage import COUNTED, tally
 from slm.errors import SlmError
-from slm.rows import iter_rows
+from slm.rows import iter_rows, replacing
 
 # What decides, besides the parents, which rows are accepted.
 DECIDING = ("data/raw/seed.jsonl", "data/raw/decisions.jsonl", "data/eval/*.jsonl", "registry/judge.jsonl", "task/contract.py",
@@ -29,19 +29,23 @@ STAGES = (
 
 def writing(settings) -> FileLock:
     """The lock under which data/accepted is written, split and recorded: two runs at once take turns."""
-    settings.path(".cache/locks").mkdir(parents=True, exist_ok=True)
-    return FileLock(settings.path(".cache/locks/accepted.lock"))
+    return registry.locked(settings, "accepted")
 
 
-def record_dataset(settings, path: Path, split: dict, parents: dict, gates: list[dict]) -> dict:
+def record_dataset(
+    settings, path: Path, split: dict, parents: Iterable[str], gates: list[dict], found: dict | None = None
+) -> dict:
     """The dataset's line in registry/datasets.jsonl; the version is the content hash of `path`, whose rows are kept once
-    in registry/datasets/<version>.jsonl.gz. The same rows, split and inputs are not recorded twice."""
-    version, found, last = registry.file_hash(path)[:12], tally(iter_rows(path)), registry.latest(settings, "datasets")
+    in registry/datasets/<version>.jsonl.gz; `found` is their tally. The same rows, split and inputs are not recorded
+    twice."""
+    version, last = registry.file_hash(path)[:12], registry.latest(settings, "datasets")
+    found = found or tally(iter_rows(path))
     deciding = sorted(str(f.relative_to(settings.root)) for pattern in DECIDING for f in settings.root.glob(pattern))
+    inputs = {name: _identity(settings.path(name)) for name in dict.fromkeys([*parents, *deciding])}
     record = {
         "version": version, "previous": last["version"] if last else None,
-        "file": str(Path(path).relative_to(settings.root)), "rows": found["category"].total(), "parents": parents,
-        "inputs": {name: _identity(settings.path(name)) for name in dict.fromkeys([*parents, *deciding])},
+        "file": str(Path(path).relative_to(settings.root)), "rows": found["category"].total(),
+        "parents": {name: inputs[name]["hash"] for name in parents}, "inputs": inputs,
         "counts": {name: dict(sorted(found[name].items())) for name in COUNTED}, "gates": gates, "split": split,
         "teachers": dict(found["teacher"].most_common()), "prompts": dict(found["prompt"].most_common()),
         "config": settings.model_dump(mode="json", exclude={"profile", "run_id"}),
@@ -152,12 +156,9 @@ def _archive(settings, version: str) -> Path:
 
 def _keep(settings, path: Path, version: str) -> None:
     target = _archive(settings, version)
-    target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
-        temporary = target.with_suffix(f".{os.getpid()}")
-        with Path(path).open("rb") as source, gzip.GzipFile(temporary, "wb", compresslevel=4, mtime=0) as stream:
-            shutil.copyfileobj(source, stream, 1 << 20)
-        os.replace(temporary, target)
+        with path.open("rb") as rows, replacing(target) as stream, gzip.GzipFile("", "wb", 4, stream, 0) as packed:
+            shutil.copyfileobj(rows, packed, 1 << 20)
 
 
 def _held(settings, version: str | None):

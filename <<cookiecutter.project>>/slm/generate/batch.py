@@ -1,9 +1,7 @@
 """One run of the teacher becomes one append-only batch file; a killed run goes on where it stopped."""
 
 import asyncio
-import hashlib
 import json
-import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -12,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slm import cost
-from slm.errors import SlmError
-from slm.generate.plan import Request, _records, batches, label_values, plan, seed_rows
+from slm.generate.plan import Request, batches, label_values, plan, records, seed_rows
 from slm.generate.salvage import rows_from
 from slm.generate.teacher import LOCAL_ROWS, Job, Purse, Store, endpoints, teachers
 from slm.models.base import Prompt
 from slm.models.openai_api import run
-from slm.rows import Row, read_rows, write_text
+from slm.rows import Row, append_jsonl, digest, read_rows, write_text
 
 ROUNDS = 3  # cells that came back short are asked again, this often at most
 SEEDS = 4  # seed rows shown to the teacher per call
@@ -74,13 +71,32 @@ def _asked(settings, contract, generation_prompt, requests, limit, purse, batch)
         batch.add(*rows_from(text, job.facts["meta"], label), job.facts["meta"])
         store.use(job.key)
 
+    async def put(model, jobs: list[Job], bar) -> None:
+        def on_answer(n: int, answer) -> None:
+            if answer.finish_reason != "error":
+                store.put(jobs[n], answer.text)
+                take(jobs[n], answer.text)
+            bar.update(jobs[n].facts["rows"])
+
+        # The seed: a local model that is asked the same again must not answer the same again.
+        def prompt(job: Job) -> Prompt:
+            messages = [{"role": "user", "content": job.prompt}]
+            return Prompt(messages, job.max_tokens, seed=len(store.get(job.key)), **sampling)
+
+        await model.each([*map(prompt, jobs)], on_answer)
+
+    async def put_all(live: list, ask: list[Job], bar) -> None:
+        work = (put(m, [j for j in ask if j.teacher == m.name], bar) for m in live)
+        for fault in filter(None, await asyncio.gather(*work, return_exceptions=True)):
+            raise fault  # after the other teachers have finished: their calls are paid for
+
     for job, text in store.unused():
         take(job, text)
         result.reused += 1
     for turn in range(ROUNDS):
         live = [model for model in models if not model.stopped]
         left = limit and limit - len(result.rows)
-        if not live or left < 0 or (limit and not left):
+        if not live or (limit and left <= 0):
             break
         missing, names = plan(settings, contract, requests), [model.name for model in live]
         ask, known = [], set(batch.known)
@@ -93,26 +109,8 @@ def _asked(settings, contract, generation_prompt, requests, limit, purse, batch)
                 ask.append(job)
         if not ask:
             break
-        bar = tqdm(total=sum(j.facts["rows"] for j in ask), desc=f"teacher, round {turn + 1}", unit="row")
-
-        async def put(model, jobs: list[Job], bar=bar) -> None:
-            def on_answer(n: int, answer) -> None:
-                if answer.finish_reason != "error":
-                    store.put(jobs[n], answer.text)
-                    take(jobs[n], answer.text)
-                bar.update(jobs[n].facts["rows"])
-
-            # The seed: a local model that is asked the same again must not answer the same again.
-            texts = [([{"role": "user", "content": job.prompt}], job.max_tokens, len(store.get(job.key))) for job in jobs]
-            await model.each([Prompt(m, tokens, seed=seed, **sampling) for m, tokens, seed in texts], on_answer)
-
-        async def all_of(live=live, ask=ask, put=put) -> None:
-            work = (put(m, [j for j in ask if j.teacher == m.name]) for m in live)
-            for fault in filter(None, await asyncio.gather(*work, return_exceptions=True)):
-                raise fault  # after the other teachers have finished: their calls are paid for
-
-        with bar:
-            run(all_of())
+        with tqdm(total=sum(j.facts["rows"] for j in ask), desc=f"teacher, round {turn + 1}", unit="row") as bar:
+            run(put_all(live, ask, bar))
     result.calls, result.failed = sum(m.calls for m in models), sum(m.failed for m in models)
     result.money, result.stopped = purse.spent - before, "; ".join(dict.fromkeys(m.stopped for m in models if m.stopped))
     return result
@@ -131,10 +129,10 @@ def estimate(settings, contract, generation_prompt: Callable, requests: list[Req
     left, lines = settings.generate.budget_usd - cost.spent(settings, "teacher_generation_cost"), {}
     for name, end in ends.items():
         own = [j for j in jobs if j.teacher == name]
-        rows, price = sum(j.facts["rows"] for j in own), (end.usd_per_1m_input, end.usd_per_1m_output)
+        rows = sum(j.facts["rows"] for j in own)
         tokens = sum(len(j.prompt) for j in own) // 4, int(rows * per_row)
         most = sum(len(j.prompt.encode()) + 64 for j in own), sum(j.max_tokens for j in own)
-        lines[name] = [len(own), rows, *tokens, cost.token_money(*tokens, *price), cost.token_money(*most, *price)]
+        lines[name] = [len(own), rows, *tokens, cost.token_money(end, *tokens), cost.token_money(end, *most)]
     columns = ["calls", "rows", "prompt_tokens", "completion_tokens", "money", "at_most"]
     table = pd.DataFrame.from_dict(lines, orient="index", columns=columns)
     if len(ends) > 1:
@@ -156,39 +154,25 @@ class _Batch:
 
     def __init__(self, settings):
         files = batches(settings)
-        self.known = {r.get("id") for f in files for r in _records(f)}
+        self.known = {r.get("id") for f in files for r in records(f)}
         numbers = [int(m[1]) for f in files if (m := re.fullmatch(r"batch_(\d+)", f.stem))]
         self.path = settings.path(f"data/generated/batch_{max(numbers, default=0) + 1:03d}.jsonl")
         self.result = Generated()
 
     def add(self, rows: list[Row], unread: list[tuple[str, str]], meta: dict) -> None:
         """Append rows that are not held yet, and note the unread text with who wrote it (`meta` of the call)."""
-        fresh, made = {}, meta["provenance"]
-        for row in (r for r in rows if r.id not in self.known):
-            provenance = {**row.meta.provenance, **made, "batch": self.path.stem}
-            fresh[row.id] = row.model_copy(update={"meta": row.meta.model_copy(update={"provenance": provenance})})
+        made = meta["provenance"]
+        fresh = {r.id: r.noted(provenance={**made, "batch": self.path.stem}) for r in rows if r.id not in self.known}
         self.known |= fresh.keys()
         self.result.rows += fresh.values()
         self.result.unread += unread
         self.result.batch = self.path if self.result.rows or self.result.unread else None
-        _append(self.path, [r.model_dump(exclude_none=True) for r in fresh.values()])
         facts = {"category": meta.get("category"), "teacher": made["teacher"], "prompt_version": made.get("prompt_version")}
-        _append(self.path.with_suffix(".unread.txt"), [{"reason": why, "text": text, **facts} for why, text in unread])
-
-
-def _append(path: Path, records: list[dict]) -> None:
-    if not records:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    try:
-        with path.open("ab") as stream:
-            stream.write(text.encode("utf-8", "backslashreplace"))
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        problem = f"cannot write ({error.strerror}). Free some space and run 03 again; nothing is lost."
-        raise SlmError(f"{path}: {problem}") from None
+        if fresh:
+            append_jsonl(self.path, (r.model_dump(exclude_none=True) for r in fresh.values()))
+        if unread:
+            lines = ({"reason": why, "text": text, **facts} for why, text in unread)
+            append_jsonl(self.path.with_suffix(".unread.txt"), lines)
 
 
 def _recorded(settings, batch: _Batch, limit: int) -> Generated:
@@ -218,44 +202,34 @@ def _jobs(settings, contract, names: list[str], generation_prompt, missing, limi
     jobs, left, own, seeds = [], limit or sum(request.rows for request in missing), settings.generate, seed_rows(settings)
     size = min(own.batch_rows, LOCAL_ROWS) if own.teacher == "gguf" else own.batch_rows
     blank = Request(label_values(contract)[0], "canonical", "medium", 1)
-    version = _hash(generation_prompt(contract, blank, seeds[:1]))
+    version = digest(generation_prompt(contract, blank, seeds[:1]))
     for request in missing:
-        part, rows = 0, min(request.rows, left)
+        rows = min(request.rows, left)
         left -= rows
-        while rows > 0:
-            n, chosen = min(rows, size), _choose(seeds, request, part)
+        for part, begin in enumerate(range(0, rows, size)):
+            n, chosen = min(rows - begin, size), _choose(seeds, request, part)
             prompt = generation_prompt(contract, replace(request, rows=n), chosen)
-            teacher = names[int(_hash(f"{request.id}:{part}"), 16) % len(names)]
+            teacher = names[int(digest(f"{request.id}:{part}"), 16) % len(names)]
             provenance = {
-                "teacher": teacher, "prompt": _hash(prompt), "prompt_version": version,
-                "request": request.id, "parents": [row.id for row in chosen],
+                "teacher": teacher, "prompt": digest(prompt), "prompt_version": version, "request": request.id,
+                "parents": [row.id for row in chosen], **({"cluster": request.cluster} if request.cluster else {}),
             }  # fmt: skip
-            if request.cluster:
-                provenance["cluster"] = request.cluster
-            meta = {"category": request.category, "kind": request.kind, "difficulty": request.difficulty,
-                    "source": "teacher", "provenance": provenance}  # fmt: skip
-            if request.language:
-                meta["language"] = request.language
-            key = _hash(json.dumps([teacher, own.temperature, prompt, part]))
+            asked = ("category", "kind", "difficulty", *(["language"] if request.language else []))
+            meta = {name: getattr(request, name) for name in asked} | {"source": "teacher", "provenance": provenance}
+            key = digest(json.dumps([teacher, own.temperature, prompt, part]))
             jobs.append(Job(key, prompt, 200 + n * own.tokens_per_row, {"meta": meta, "rows": n}))
-            part, rows = part + 1, rows - n
     return jobs
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _rows_schema(contract) -> dict:
     """What a local teacher is held to by its runtime: rows whose output is the contract's."""
     text, output = {"type": "string"}, {k: v for k, v in contract.schema.items() if k != "$defs"}
-    row = {
-        "type": "object",
-        "properties": {"input": text, "output": output, "group": text},
-        "required": ["input", "output", "group"],
-    }
-    rows = {"type": "object", "properties": {"rows": {"type": "array", "items": row, "minItems": 1}}, "required": ["rows"]}
-    return {**rows, "$defs": contract.schema.get("$defs", {})}
+
+    def whole(**properties) -> dict:
+        return {"type": "object", "properties": properties, "required": [*properties]}
+
+    row = whole(input=text, output=output, group=text)
+    return whole(rows={"type": "array", "items": row, "minItems": 1}) | {"$defs": contract.schema.get("$defs", {})}
 
 
 def _choose(seeds: list[Row], request: Request, part: int) -> list[Row]:

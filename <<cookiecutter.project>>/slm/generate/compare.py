@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from slm import cost
-from slm.generate.plan import _records, seed_rows
+from slm.generate.plan import judged, records, seed_rows
 from slm.generate.teacher import Purse, teachers
 from slm.rows import read_rows
 
@@ -82,25 +82,19 @@ def acceptance(settings, *by: str):
     import pandas as pd
 
     by, lines, seen = list(by) or ["teacher", "prompt_version", "category"], [], set()
-    accepted = settings.path("data/accepted/all.jsonl")
-    if accepted.is_file():
-        files = [(accepted, "accepted"), *((f, "refused") for f in sorted(settings.path("data/rejected").glob("*.jsonl")))]
-        for file, state in files:
-            for row in (record.get("row", record) for record in _records(file)):
-                meta = row.get("meta", {})
-                made = meta.get("provenance", {})
-                if made.get("teacher") and (row["id"], state) not in seen and (row["id"], "accepted") not in seen:
-                    seen.add((row["id"], state))
-                    lines.append({**meta, **made, "state": state})
+    if settings.path("data/accepted/all.jsonl").is_file():
+        for record in judged(settings):
+            row, state = record["row"], "refused" if record["gate"] else "accepted"
+            made = row["meta"].get("provenance", {})
+            if made.get("teacher") and row["id"] not in seen:
+                seen.add(row["id"])
+                lines.append({**row["meta"], **made, "state": state})
         for file in sorted(settings.path("data/generated").glob("*.unread.txt")):
-            lines += [{**r, "state": "unread"} for r in _records(file) if not r["reason"].startswith("prose")]
-    columns = [*by, "written", "accepted", "refused", "unread", "rate"]
-    found = Counter((*(str(line.get(name) or "-") for name in by), line["state"]) for line in lines)
-    table = []
-    for cell in sorted({key[:-1] for key in found}):
-        states = [found[*cell, state] for state in ("accepted", "refused", "unread")]
-        table.append((*cell, sum(states), *states, round(states[0] / sum(states), 3)))
-    return pd.DataFrame(table, columns=columns)
+            lines += [{**r, "state": "unread"} for r in records(file) if not r["reason"].startswith("prose")]
+    states = ["accepted", "refused", "unread"]
+    cells = [{name: str(line.get(name) or "-") for name in by} | {"written": 1, line["state"]: 1} for line in lines]
+    table = pd.DataFrame(cells, columns=[*by, "written", *states]).fillna(0).groupby(by).sum().astype(int).reset_index()
+    return table.assign(rate=(table.accepted / table.written).astype(float).round(3))
 
 
 def spending(settings):

@@ -2,12 +2,12 @@
 
 import csv
 import json
-import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from slm.errors import SlmError
-from slm.rows import Row, explain, from_any, iter_lines, make_row
+from slm.rows import Row, explain, from_any, iter_lines, make_row, replacing
 
 CONTENT = ("messages", "instruction", "input", "output", "prompt", "chosen", "rejected")
 FACTS = ("category", "kind", "difficulty", "language", "group")
@@ -25,31 +25,21 @@ def import_rows(settings, file: str, columns="", source="human", out="", split="
         raise SlmError(f"{target}: it exists already; remove it, or name another file with --out.")
     path = settings.path("specs/output_schema.json")
     schema = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    part, seen, bad = target.with_name(f".{target.name}.part"), set(), []
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with part.open("w", encoding="utf-8") as stream:
-            for place, number, record in _records(file, split):
-                try:
-                    row = _row(record, wanted, schema, {"category": "all", "source": source})
-                    made = {**row.meta.provenance, "batch": target.stem, "imported": Path(file).name, "line": number}
-                    again = {"id": f"{row.id}-{number}"} if row.id in seen else {}
-                    row = row.model_copy(update={"meta": row.meta.model_copy(update={"provenance": made}), **again})
-                    stream.write(json.dumps(row.model_dump(exclude_none=True), ensure_ascii=False) + "\n")
-                    seen.add(row.id)
-                except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors too
-                    bad.append(f"{place}: {explain(error)}")
-                    if len(bad) == SHOWN:
-                        break
-            stream.flush()
-            os.fsync(stream.fileno())
+    seen, bad = set(), []
+    with replacing(target) as stream:
+        for place, number, record in _records(file, split):
+            try:
+                row = _row(record, wanted, schema, {"category": "all", "source": source})
+                row = row.noted(provenance={"batch": target.stem, "imported": Path(file).name, "line": number})
+                row = row.model_copy(update={"id": f"{row.id}-{number}"}) if row.id in seen else row
+                stream.write(json.dumps(row.model_dump(exclude_none=True), ensure_ascii=False).encode() + b"\n")
+                seen.add(row.id)
+            except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors too
+                bad.append(f"{place}: {explain(error)}")
+                if len(bad) == SHOWN:
+                    break
         if bad or not seen:
             raise SlmError("\n".join(bad or [f"{file}: no rows"]) + "\nNothing was written; mend this, then import again.")
-        os.replace(part, target)
-    except OSError as error:
-        raise SlmError(f"{error.filename or target}: {error.strerror}; nothing was written.") from None
-    finally:
-        part.unlink(missing_ok=True)
     return target, len(seen)
 
 
@@ -92,10 +82,8 @@ def _fit(name: str, value, schema: dict):
     nodes = [{**b["properties"][name], "$defs": definitions} for b in branches if name in b.get("properties", {})]
     values = [None, value] if value == "" else [value]
     for text in (value, value.lower()) if isinstance(value, str) else ():
-        try:
+        with suppress(ValueError):
             values.append(json.loads(text))
-        except ValueError:
-            continue
     for one in values:
         if not nodes or any(Draft202012Validator(node).is_valid(one) for node in nodes):
             return one
@@ -124,27 +112,19 @@ def _jsonl(file: str, _):
 
 def _csv(file: str, _):
     def lines():
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
-                    raise SlmError(f"{file}:{number}: not UTF-8; save the file as UTF-8.") from None
+        return (line for _, line in iter_lines(Path(file), blank=True))
 
     reader = csv.reader(lines(), delimiter=max(",;\t", key=next(lines(), "").count), strict=True)
     header = next(reader, [])
-    while True:
-        start = reader.line_num + 1  # a quoted cell may hold line breaks: this is the physical line
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield start, ValueError(f"{error} (the record ends in line {reader.line_num})")
-            return
-        wrong = ValueError(f"{len(cells)} fields, but the header has {len(header)}")
-        if cells:
-            yield start, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else wrong
+    start = reader.line_num + 1  # a quoted cell may hold line breaks: this is the physical line
+    try:
+        for cells in reader:
+            wrong = ValueError(f"{len(cells)} fields, but the header has {len(header)}")
+            if cells:
+                yield start, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else wrong
+            start = reader.line_num + 1
+    except csv.Error as error:
+        yield start, ValueError(f"{error} (the record ends in line {reader.line_num})")
 
 
 def _datasets(file: str, split: str):

@@ -1,13 +1,14 @@
 """The grid category x kind x difficulty x language: how many rows each cell should have, has, and still needs."""
 
-import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from slm.errors import SlmError
-from slm.rows import DIFFICULTIES, KINDS, Row, iter_lines, read_rows
+from slm.rows import DIFFICULTIES, KINDS, Row, digest, iter_lines, read_rows
 
 # Shares of the kinds in a dataset: the common case first, every other kind often enough to be learnt.
 KIND_SHARES = {
@@ -43,8 +44,7 @@ class Request:
     def id(self) -> str:
         """8 hex digits of what is asked for, whatever the number of rows."""
         left_out = ("rows",) if self.language else ("rows", "language")
-        body = json.dumps({k: v for k, v in asdict(self).items() if k not in left_out}, sort_keys=True)
-        return hashlib.sha256(body.encode()).hexdigest()[:8]
+        return digest(json.dumps({k: v for k, v in asdict(self).items() if k not in left_out}, sort_keys=True), 8)
 
     @property
     def note(self) -> str:
@@ -56,26 +56,33 @@ def label_values(contract) -> list[str]:
     """The values of the contract's label field in schema order; ["all"] where the contract has no label field."""
     if contract.label_field is None:
         return ["all"]
-    definitions, field = contract.schema.get("$defs", {}), contract.label_field
+    definitions = contract.schema.get("$defs", {})
 
-    def walk(node: dict, inside: bool) -> list:
+    def choices(node: dict) -> list:
         node = {**definitions.get(node.get("$ref", "").rsplit("/", 1)[-1], {}), **node}
-        found = list(node.get("enum", [node["const"]] if "const" in node else [])) if inside else []
-        for part in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
-            found += walk(part, inside)
-        if not inside and field in node.get("properties", {}):
-            found += walk(node["properties"][field], True)
-        return found
+        parts = (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ()))
+        return [*node.get("enum", [node.get("const")]), *(value for part in parts for value in choices(part))]
 
-    values = [value for value in dict.fromkeys(walk(contract.schema, False)) if isinstance(value, str)]
+    found = [choices(shape["properties"].get(contract.label_field, {})) for shape in shapes(contract.schema)]
+    values = list(dict.fromkeys(value for some in found for value in some if isinstance(value, str)))
     if not values:
         raise SlmError(f"task/contract.py: label_field {contract.label_field!r} has no fixed values in the schema.")
     return values
 
 
+def shapes(schema: dict) -> list[dict]:
+    """The object schemas that an output may follow: one, or those of a union, with `$ref` resolved at the top."""
+    definitions = schema.get("$defs", {})
+    if "$ref" in schema:
+        return shapes({**definitions[schema["$ref"].rsplit("/", 1)[-1]], "$defs": definitions})
+    if options := schema.get("oneOf") or schema.get("anyOf"):
+        return [shape for option in options for shape in shapes({**option, "$defs": definitions})]
+    return [schema] if schema.get("properties") else []
+
+
 def languages(settings) -> dict[str, float]:
     """Language code -> share of the rows: `generate.languages`, or what the seed rows are written in."""
-    seeds = _records(settings.path("data/raw/seed.jsonl"))
+    seeds = records(settings.path("data/raw/seed.jsonl"))
     found = settings.generate.languages or Counter((r.get("meta") or {}).get("language", "en") for r in seeds) or {"en": 1}
     if min(found.values()) < 0 or not sum(found.values()):
         raise SlmError("project.yaml: generate.languages: shares are 0 or more, and one of them above 0.")
@@ -91,7 +98,7 @@ def quotas(settings, contract) -> dict[tuple[str, str, str, str], int]:
     cells = [(c, k, d) for c in labels for k in KINDS for d in DIFFICULTIES]
     exact = {cell: target * KIND_SHARES[cell[1]] / len(labels) / len(DIFFICULTIES) for cell in cells}
     whole = {cell: int(share) for cell, share in exact.items()}
-    mixed = {cell: hashlib.sha256("|".join(cell).encode()).digest() for cell in cells}
+    mixed = {cell: digest("|".join(cell), 64) for cell in cells}
     # Largest remainder; equal remainders fall by hash, so that a small target still touches every category.
     for cell in sorted(cells, key=lambda c: (whole[c] - exact[c], mixed[c]))[: target - sum(whole.values())]:
         whole[cell] += 1
@@ -109,13 +116,11 @@ def quotas(settings, contract) -> dict[tuple[str, str, str, str], int]:
 def held(settings) -> list[dict]:
     """The rows (as dictionaries) of data/accepted and data/generated, each id once. Rejected rows do not count, for
     they must be asked for again; seed rows do not either."""
-    files = [settings.path("data/accepted/all.jsonl"), *batches(settings)]
-    rejected = settings.path("data/rejected").glob("*.jsonl")
-    out = {(r.get("row") or {}).get("id") for file in rejected for r in _records(file)}
-    out |= {r.get("id") for r in _records(settings.path("data/raw/seed.jsonl"))}
+    out = {r["row"]["id"] for r in judged(settings) if r["gate"]}
+    out |= {r.get("id") for r in records(settings.path("data/raw/seed.jsonl"))}
     rows: dict[str, dict] = {}
-    for file in files:
-        for record in _records(file):
+    for file in (settings.path("data/accepted/all.jsonl"), *batches(settings)):
+        for record in records(file):
             if "meta" in record and record.get("id") not in out:
                 rows.setdefault(record.get("id"), record)
     return list(rows.values())
@@ -162,14 +167,18 @@ def _cell(row: dict) -> tuple:
     return *place, meta.get("language", "en")
 
 
-def _records(path: Path) -> list[dict]:
+def records(path: Path) -> Iterator[dict]:
     """The lines that are JSON objects; the others are 04's to report."""
-    found = []
     for _, line in iter_lines(path) if path.is_file() else ():
-        try:
+        with suppress(ValueError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+            if isinstance(record, dict):
+                yield record
+
+
+def judged(settings) -> Iterator[dict]:
+    """What 04 decided last, one record a row as data/rejected keeps it; accepted rows have the gate ""."""
+    for row in records(settings.path("data/accepted/all.jsonl")):
+        yield {"gate": "", "evidence": {}, "row": row}
+    for path in sorted(settings.path("data/rejected").glob("*.jsonl")):
+        yield from (record for record in records(path) if "row" in record)

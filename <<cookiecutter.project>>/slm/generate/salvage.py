@@ -64,7 +64,7 @@ def _row(record: dict, meta: dict, label) -> Row:
         left_out = ("id", "meta", "language", "group")
         row = from_any({k: v for k, v in record.items() if k not in left_out}, **{**meta, **own})
     category = label(row.answer)
-    return row.model_copy(update={"meta": row.meta.model_copy(update={"category": category})}) if category else row
+    return row.noted(category=category) if category else row
 
 
 def _matters(line: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm import cost
+from slm import cost, registry
 from slm.errors import SlmError
 from slm.models.base import Answer, Prompt
 from slm.models.llama_cpp import LlamaCppModel
@@ -86,7 +86,8 @@ class Store:
         """Keep a reply before anything else is done with it."""
         body = json.dumps([job.prompt, job.max_tokens, job.facts])
         with self.db:
-            self.db.execute("INSERT INTO replies VALUES (NULL, ?, ?, ?, 0)", (job.key, body, _storable(text)))
+            storable = text.encode("utf-8", "backslashreplace").decode()  # an emoji cut in two is not
+            self.db.execute("INSERT INTO replies VALUES (NULL, ?, ?, ?, 0)", (job.key, body, storable))
 
     def get(self, key: str) -> list[str]:
         """The replies to a call, oldest first."""
@@ -111,13 +112,11 @@ class Purse:
         self.settings, self.batch, self.empty, self.reserved = settings, "", "", 0.0
 
     def __enter__(self) -> "Purse":
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
-        path = self.settings.path(".cache/locks/teacher.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(path)
+        self._lock = registry.locked(self.settings, "teacher", timeout=0)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire()
         except Timeout:
             raise SlmError("another run is at work with the teacher (03); wait for it, or stop it, then run again.") from None
         self._db = _open(self.settings, "flights (n INTEGER PRIMARY KEY, body TEXT)")
@@ -133,7 +132,7 @@ class Purse:
 
     async def reserve(self, end: Endpoint, tokens_in: int, tokens_out: int):
         """A ticket for a call of at most so many tokens; None when it could pass the budget (see `empty`)."""
-        worst, limit = _money(end, tokens_in, tokens_out), self.settings.generate.budget_usd + 1e-12
+        worst, limit = cost.token_money(end, tokens_in, tokens_out), self.settings.generate.budget_usd + 1e-12
         while self.reserved > 1e-12 and self.spent + self.reserved + worst > limit:
             await asyncio.sleep(0.02)  # calls in flight mostly cost less than they reserved
         if self.spent + worst > limit:
@@ -149,7 +148,7 @@ class Purse:
         n, end, worst = ticket
         self.reserved -= worst
         if tokens_in or tokens_out:
-            self.book(end.model, _money(end, tokens_in, tokens_out), tokens_in, tokens_out, note)
+            self.book(end.model, cost.token_money(end, tokens_in, tokens_out), tokens_in, tokens_out, note)
         self._land(n)
 
     def book(self, model: str, money: float, tokens_in: int, tokens_out: int, note: str = "") -> None:
@@ -163,10 +162,6 @@ class Purse:
             self._db.execute("DELETE FROM flights WHERE n = ?", (n,))
 
 
-def _money(end: Endpoint, tokens_in: int, tokens_out: int) -> float:
-    return cost.token_money(tokens_in, tokens_out, end.usd_per_1m_input, end.usd_per_1m_output)
-
-
 def _open(settings, table: str) -> sqlite3.Connection:
     path = settings.path(FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +169,3 @@ def _open(settings, table: str) -> sqlite3.Connection:
     db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
     return db
 
-
-def _storable(text: str) -> str:
-    """Half of a surrogate pair (an emoji cut in two) cannot be written as UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()

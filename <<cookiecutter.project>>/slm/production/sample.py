@@ -1,6 +1,5 @@
 """Which requests are worth keeping, and where they go: the evaluation holdout first, training second."""
 
-import hashlib
 import json
 import random
 from collections import Counter
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from slm.contract import Contract
 from slm.production.logs import LogLine
 from slm.registry import SETS
-from slm.rows import Row, iter_lines, make_row, read_rows, write_jsonl, write_rows
+from slm.rows import Row, digest, iter_lines, make_row, read_rows, write_jsonl, write_rows
 
 HOLDOUT = "data/eval/production_holdout.jsonl"
 REVIEW = "data/raw/production_review.jsonl"
@@ -63,9 +62,10 @@ def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
             continue
         # One text under two customers must not part either: the text's own side wins.
         side = sides.get(_group(line.input)) or sides.get(row.meta.group)
-        if side is None:
+        if side is None:  # by the group's hash alone, so that later logs fall on the same side
             first = len(held) + len(found.holdout) < own.holdout_first
-            side = "holdout" if first or _share(row.meta.group, own.seed) < own.eval_share else "training"
+            chosen = int(digest(f"{own.seed}:{row.meta.group}", 8), 16) < own.eval_share * 2**32
+            side = "holdout" if first or chosen else "training"
         if {sides.get(_group(line.input), side), sides.get(row.meta.group, side)} != {side}:
             found.review.append(_review(line, "its group is on the other side"))
             continue
@@ -129,16 +129,11 @@ def _pseudonym(line: LogLine) -> str:
 
 
 def _group(text: str) -> str:
-    return "production-" + hashlib.sha256(_plain(text).encode()).hexdigest()[:12]
+    return "production-" + digest(_plain(text))
 
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _share(group: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the group alone, so that later logs fall on the same side."""
-    return int(hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()[:8], 16) / 2**32
 
 
 def _rows(settings, path: str) -> list[Row]:

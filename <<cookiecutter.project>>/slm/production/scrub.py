@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from slm.curate.privacy import entropy, find
 from slm.production.logs import LogLine
 
-_NAMES = {"a secret key": "SECRET", "a payment card number": "CARD", "a bank account number": "IBAN"}
+_NAMES = {
+    "a secret key": "SECRET", "a payment card number": "CARD", "a bank account number": "IBAN",
+    "an international phone number": "PHONE",
+}  # fmt: skip
 _BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S)
 _URL = re.compile(
     r"\b[a-z][a-z0-9+.-]{1,15}://(?:[^\s/@\"']+@[^\s\"'<>]+|[^\s\"'<>]*[?&#](?:token|key|sig|auth|password|code|secret)=[^\s\"'<>]*"
@@ -57,7 +60,7 @@ def _scrub(text: str, hide) -> str:
     text = _URL.sub(lambda m: hide("URL", m.group(0)), text)
     text = _PASSWORD.sub(lambda m: m.group(0).replace(m.group(1), hide("SECRET", m.group(1))), text)
     text = _EMAIL.sub(lambda m: hide("EMAIL", m.group(0)), text)
-    while hit := find(text):  # the gates of 04: keys by prefix, cards by Luhn, IBANs by mod 97
+    while hit := find(text):  # the gates of 04: keys by prefix, cards by Luhn, IBANs by mod 97, phones by +
         text = text.replace(hit[1], hide(_NAMES[hit[0]], hit[1]))
     text = _IP.sub(lambda m: hide("IP", m.group(0)), text)
     text = _PHONE.sub(lambda m: hide("PHONE", m.group(0)) if _phone(m.group(0)) else m.group(0), text)

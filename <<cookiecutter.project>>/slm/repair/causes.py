@@ -57,7 +57,8 @@ class Case:
 
     def __init__(self, row: Row, score: Score, contract: Contract, trained: dict[str, int] | None, long_words: int):
         self.row, self.score, self.contract, self.trained, self.long_words = row, score, contract, trained, long_words
-        self.tool = contract.task_type == "tool_calling"
+        self.tool, self.null = contract.task_type == "tool_calling", contract.null_label
+        self.read, self.prose = score.parsed is not None, score.lenient_parsed is not None
         self.label = str(contract.label(score.expected) or row.meta.category)
         self.got = str(contract.label(score.parsed or score.lenient_parsed) or "")
         self.want, self.given = contract.flatten(score.expected), contract.flatten(score.parsed)
@@ -86,11 +87,6 @@ def serving_fault(score: Score) -> tuple[str, str]:
     return "", ""
 
 
-def _when(readable: bool, test: Callable[[Case], str], tool: bool | None = None) -> Callable[[Case], str]:
-    """`test` only for answers that can be read, or cannot; with `tool` only for tool calls, or only for other tasks."""
-    return lambda case: test(case) if (case.score.parsed is not None) is readable and tool in (None, case.tool) else ""
-
-
 def _trained(case: Case) -> str:
     if case.trained is None or (count := case.trained.get(case.label, 0)) >= TRAINED:
         return ""
@@ -103,17 +99,16 @@ def _long(case: Case) -> str:
 
 
 def _refused(case: Case) -> str:
-    null = case.contract.null_label
-    if case.label == null:
+    if case.label == case.null:
         return ""
-    if case.score.parsed is None:
+    if not case.read:
         return f"the answer declines: {hit.group(0)!r}" if (hit := REFUSAL.search(case.score.text)) else ""
-    return f"expected {case.label}, got {null}" if null and case.got == null else ""
+    return f"expected {case.label}, got {case.null}" if case.null and case.got == case.null else ""
 
 
 def _acted(case: Case) -> str:
-    null = case.contract.null_label
-    return f"expected {null}, got {case.got}" if null and case.label == null and case.got not in ("", null) else ""
+    acted = case.null and case.label == case.null and case.got not in ("", case.null)
+    return f"expected {case.null}, got {case.got}" if acted else ""
 
 
 def _label(case: Case) -> str:
@@ -137,23 +132,23 @@ def _field(case: Case) -> str:
 
 
 # In this order; the first that matches is the primary cause, every other that matches is kept beside it.
-RULES: tuple[tuple[str, Callable[[Case], str]], ...] = (
-    ("too verbose", lambda c: c.sign if c.score.lenient_parsed is not None else ""),
-    ("wrong schema", lambda c: c.sign if c.score.lenient_parsed is None else ""),
-    ("fails adversarial input", lambda c: "the row is adversarial" if c.row.meta.kind == "adversarial" else ""),
-    ("refusal when it should answer", _when(False, _refused)),
-    ("too verbose", _when(False, lambda c: "an object with text around it" if c.score.lenient_parsed is not None else "")),
-    ("hallucinated field", _when(False, _extra_key)),
-    ("wrong schema", _when(False, lambda c: f"{c.score.stage}: {c.score.explanation}")),
+RULES: tuple[tuple[str, Callable[[Case], str | bool]], ...] = (
+    ("too verbose", lambda c: c.prose and c.sign),
+    ("wrong schema", lambda c: not c.prose and c.sign),
+    ("fails adversarial input", lambda c: c.row.meta.kind == "adversarial" and "the row is adversarial"),
+    ("refusal when it should answer", lambda c: not c.read and _refused(c)),
+    ("too verbose", lambda c: not c.read and c.prose and "an object with text around it"),
+    ("hallucinated field", lambda c: not c.read and _extra_key(c)),
+    ("wrong schema", lambda c: not c.read and f"{c.score.stage}: {c.score.explanation}"),
     ("missing category", _trained),
     ("fails long input", _long),
-    ("refusal when it should answer", _when(True, _refused)),
-    ("answer when it should refuse", _when(True, _acted)),
-    ("tool name wrong", _when(True, _label, tool=True)),
-    ("wrong label", _when(True, _label, tool=False)),
-    ("hallucinated field", _when(True, _invented)),
-    ("tool argument wrong", _when(True, _field, tool=True)),
-    ("wrong label", _when(True, _field, tool=False)),
+    ("refusal when it should answer", lambda c: c.read and _refused(c)),
+    ("answer when it should refuse", lambda c: c.read and _acted(c)),
+    ("tool name wrong", lambda c: c.read and c.tool and _label(c)),
+    ("wrong label", lambda c: c.read and not c.tool and _label(c)),
+    ("hallucinated field", lambda c: c.read and _invented(c)),
+    ("tool argument wrong", lambda c: c.read and c.tool and _field(c)),
+    ("wrong label", lambda c: c.read and not c.tool and _field(c)),
 )
 
 
@@ -194,16 +189,13 @@ def table(findings: Sequence[Finding]) -> list[dict]:
 
 def plot_causes(findings: Sequence[Finding], path: Path) -> Path:
     """Bars: failed rows per primary cause, all eleven shown. A PNG file."""
-    from matplotlib.figure import Figure
+    from slm.curate.plots import figure, save
 
     counts = Counter(f.cause for f in findings)
     names = sorted(CAUSES, key=lambda cause: counts[cause])
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    drawn, axes = figure(7, 4)
     bars = axes.barh(names, [counts[name] for name in names], color="#2b6cb0")
     axes.bar_label(bars, padding=3, fontsize=8)
     axes.set(xlabel="failed rows", title=f"{len(findings)} failures by cause")
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save(drawn, path)

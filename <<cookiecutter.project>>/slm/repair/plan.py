@@ -17,6 +17,10 @@ from slm.rows import Difficulty, Kind, explain, write_json, write_text
 
 PER_FAILURE = 10  # rows asked for per failure, between the settings' least and most
 CELLS = 4  # cells of the failures that a cluster's rows are spread over
+NEEDS_TEACHER = (
+    "the recorded teacher holds a fixed set of rows and cannot write new rows; set generate.teacher to openai with an "
+    "endpoint, or to gguf with a file, or write the plan's rows by hand into data/generated/"
+)
 CONTRAST = 0.25  # of a cluster's rows show the label it was mistaken for, so that the error does not just turn round
 
 
@@ -129,10 +133,7 @@ def from_repair(settings, contract: Contract | None = None) -> list[Request] | N
     if contract is not None and plan.contract != contract.schema_hash:
         raise SlmError(f"{path}: made for another contract; run 06 and 07 again.")
     if settings.generate.teacher == "recorded":
-        raise SlmError(
-            "repair.plan: the recorded teacher holds a fixed set of rows and cannot write new ones; set generate.teacher to "
-            "openai with an endpoint, or write the plan's rows by hand into data/generated/."
-        )
+        raise SlmError(f"repair.plan: {NEEDS_TEACHER}.")
     return plan.requests
 
 
@@ -145,10 +146,7 @@ def next_step(settings, plan: Plan) -> str:
     if not plan.requests:
         return "Nothing to repair on dev."
     if settings.generate.teacher == "recorded":
-        return (
-            "The recorded teacher cannot write new rows, so none are made here. Set generate.teacher to openai with an "
-            f"endpoint and run 03 with -s repair.plan={file}, or write the rows by hand into data/generated/."
-        )
+        return f"None are made here: {NEEDS_TEACHER}. Then run 03 with -s repair.plan={file}."
     return f"python -m slm run 03-06 --run-id NEXT -s repair.plan={file}"
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from slm.errors import SlmError
 from slm.evaluate.baselines import load_baselines
-from slm.report.tables import frame
+from slm.report.tables import frame, markdown
 from slm.rows import iter_lines, write_json, write_text
 
 FEW_EXAMPLES = 50  # fewer good examples than this: prompt first
@@ -87,16 +87,15 @@ class Decision:
 
     def save(self, settings) -> None:
         """Write decision.json and decision.md into the run's folder."""
-        lines = [f"# Decision: {self.title}", "", *(f"* {line}" for line in self.advice), ""]
-        lines += ["| approach | sign | answer | known from |", "|---|---|---|---|"]
-        lines += [f"| {' | '.join(sign.values())} |" for sign in self.signs]
+        advice = "".join(f"* {line}\n" for line in self.advice)
         write_json(settings.run_dir / "decision.json", {"choice": self.choice, "advice": self.advice, "signs": self.signs})
-        write_text(settings.run_dir / "decision.md", "\n".join(lines) + "\n")
+        write_text(settings.run_dir / "decision.md", f"# Decision: {self.title}\n\n{advice}\n{markdown(self.signs)}")
 
 
 def facts(settings, contract) -> dict[str, tuple[bool | None, str]]:
     """What is known: {fact: (yes, no or None for not yet known; where it is known from)}."""
-    task, rows, score = settings.task, _seed_rows(settings), _prompted(settings, contract)
+    task, seed, score = settings.task, settings.path("data/raw/seed.jsonl"), _prompted(settings, contract)
+    rows = sum(1 for _ in iter_lines(seed)) if seed.is_file() else 0
     answers = ("changes_often", "flexible_style", "needs_knowledge", "must_cite", "private_corpus", "preference_data")
     found = {name: (getattr(task, name), f"task.{name}") for name in (*answers, "teacher_is_good")}
     endpoint = settings.generate.teacher == "openai"
@@ -118,12 +117,12 @@ def decide(settings, contract) -> Decision:
     fine-tuning. Preference optimisation is never first: it is advised after SFT when there are pairs."""
     known = facts(settings, contract)
     words = {True: "yes", False: "no", None: "open"}
-    signs, holds = [], {}
-    for branch, lines in TREE.items():
-        for sign in lines:
-            value, source = known[sign.fact]
-            holds[sign] = None if value is None else value is sign.wanted
-            signs.append({"approach": TITLES[branch], "sign": sign.text, "answer": words[holds[sign]], "known from": source})
+    facing = [(TITLES[branch], sign, *known[sign.fact]) for branch, lines in TREE.items() for sign in lines]
+    holds = {sign: None if value is None else value is sign.wanted for _, sign, value, _ in facing}
+    signs = [
+        {"approach": title, "sign": sign.text, "answer": words[holds[sign]], "known from": source}
+        for title, sign, _, source in facing
+    ]
     deciding = {branch: [s for s in lines if s.decides and holds[s]] for branch, lines in TREE.items()}
     tuned = "distillation" if all(holds[s] for s in TREE["distillation"]) else "fine_tuning"
     choice = next((branch for branch in ("rag", "prompting") if deciding[branch]), tuned)
@@ -135,11 +134,6 @@ def decide(settings, contract) -> Decision:
     if known["preference_data"][0]:
         advice.append("Later, when SFT is right in the main: preference optimisation (DPO) on your pairs.")
     return Decision(choice, signs, advice)
-
-
-def _seed_rows(settings) -> int:
-    path = settings.path("data/raw/seed.jsonl")
-    return sum(1 for _ in iter_lines(path)) if path.is_file() else 0
 
 
 def _prompted(settings, contract) -> float | None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from slm.contract import Contract
 from slm.errors import SlmError
+from slm.generate.plan import shapes
+from slm.report.tables import markdown
 from slm.rows import write_json, write_text
 
 BRIEF = ("goal", "inputs", "non_goals", "failure_modes", "deployment_target", "cost_and_latency")
@@ -55,28 +57,16 @@ def output_text(contract: Contract) -> str:
     """The output contract in words: one JSON object, what it may hold, and the definitions of its fields."""
     definitions, found = contract.schema.get("$defs", {}), shapes(contract.schema)
     one = "Exactly one JSON object and nothing around it, as in `specs/output_schema.json`"
-    null = f"\n\n`{contract.label_field}: {contract.null_label}` says that there is nothing to do."
+    null = f"\n`{contract.label_field}: {contract.null_label}` says that there is nothing to do."
     null = null if contract.null_label else ""
     if len(found) > 1:
-        lines = [f"{one}, of one of these shapes:", "", "| shape | required | optional |", "|---|---|---|"]
-        return "\n".join([*lines, *(f"| {' | '.join(_shape(shape, definitions))} |" for shape in found)]) + null
-    lines, notes = [f"{one}:", "", "| field | holds | |", "|---|---|---|"], []
+        return f"{one}, of one of these shapes:\n\n{markdown([_shape(shape, definitions) for shape in found])}{null}"
+    table, notes = f"{one}:\n\n| field | holds | |\n|---|---|---|\n", ""
     for name, node in found[0]["properties"].items():
-        mark = "critical" if name in contract.critical else ""
-        lines.append(f"| `{name}` | {_holds(node, definitions)} | {mark} |")
-        if node.get("description"):
-            notes.append(f"\n\n**{name}.** {node['description'].strip()}")
-    return "\n".join(lines) + "".join(notes) + null
-
-
-def shapes(schema: dict) -> list[dict]:
-    """The object schemas that an output may follow: one, or those of a union, with `$ref` resolved at the top."""
-    definitions = schema.get("$defs", {})
-    if "$ref" in schema:
-        return shapes({**definitions[schema["$ref"].rsplit("/", 1)[-1]], "$defs": definitions})
-    if options := schema.get("oneOf") or schema.get("anyOf"):
-        return [shape for option in options for shape in shapes({**option, "$defs": definitions})]
-    return [schema] if schema.get("properties") else []
+        holds = _holds(node, definitions).replace("|", "\\|")
+        table += f"| `{name}` | {holds} | {'critical' if name in contract.critical else ''} |\n"
+        notes += f"\n**{name}.** {node['description'].strip()}\n" if node.get("description") else ""
+    return table + notes + null
 
 
 def metrics_text(contract: Contract) -> str:
@@ -99,8 +89,8 @@ def write_spec(settings, contract: Contract) -> list[Path]:
     ]
 
 
-def _shape(shape: dict, definitions: dict) -> tuple[str, str, str]:
-    """A union's member as (its constants, required parts, optional parts); nested objects one level deep."""
+def _shape(shape: dict, definitions: dict) -> dict[str, str]:
+    """A union's member: its constants, required and optional parts; nested objects one level deep."""
     names, parts = [], {True: [], False: []}
     for name, node in shape["properties"].items():
         if "const" in node:
@@ -112,7 +102,8 @@ def _shape(shape: dict, definitions: dict) -> tuple[str, str, str]:
                 parts[key in inner.get("required", [])].append(f"`{key}` ({_holds(value, definitions)})")
         else:
             parts[name in shape.get("required", [])].append(f"`{name}` ({_holds(node, definitions)})")
-    return ", ".join(names), ", ".join(parts[True]) or "-", ", ".join(parts[False]) or "-"
+    required, optional = (", ".join(parts[needed]) or "-" for needed in (True, False))
+    return {"shape": ", ".join(names), "required": required, "optional": optional}
 
 
 def _holds(node: dict, definitions: dict) -> str:
@@ -126,5 +117,4 @@ def _holds(node: dict, definitions: dict) -> str:
     kind = {"null": "`null`", "boolean": "`true` or `false`"}.get(node.get("type"), node.get("type", "any value"))
     if node.get("type") == "object" and node.get("properties"):
         return f"{node.get('title', 'object')} ({', '.join(f'`{name}`' for name in node['properties'])})"
-    pattern = node.get("pattern", "").replace("|", "\\|")
-    return kind + (f" matching `{pattern}`" if pattern else "")
+    return kind + (f" matching `{node['pattern']}`" if node.get("pattern") else "")

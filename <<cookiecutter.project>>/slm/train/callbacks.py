@@ -37,19 +37,16 @@ def write_log(history: list[dict], path: Path) -> Path:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for entry in history:
-        if "loss" in entry or "eval_loss" in entry:
-            accuracy = entry.get("mean_token_accuracy", entry.get("eval_mean_token_accuracy"))
-            writer.writerow({**entry, "mean_token_accuracy": accuracy})
+    logged = (entry for entry in history if "loss" in entry or "eval_loss" in entry)
+    writer.writerows({"mean_token_accuracy": entry.get("eval_mean_token_accuracy"), **entry} for entry in logged)
     return write_text(path, text.getvalue())
 
 
 def plot_loss(history: list[dict], path: Path) -> Path:
     """The loss on training batches and on dev_internal over the steps, as a PNG file."""
-    from matplotlib.figure import Figure
+    from slm.curate.plots import figure, save
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
+    drawn, axes = figure(7, 3.5)
     for key, label, style in (("loss", "train, per batch", "-"), ("eval_loss", "dev_internal", "o-")):
         points = [(e["step"], e[key]) for e in history if key in e]
         axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label, markersize=4)
@@ -57,5 +54,4 @@ def plot_loss(history: list[dict], path: Path) -> Path:
     axes.set_ylim(bottom=0)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return path
+    return save(drawn, path)

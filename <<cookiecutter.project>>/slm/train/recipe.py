@@ -1,6 +1,5 @@
 """The recipe: the names of train_config.yaml translated into the trainers' own, and what the machine allows of it."""
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -10,6 +9,7 @@ from pathlib import Path
 from slm import registry
 from slm.errors import SlmError
 from slm.models import base_folder
+from slm.rows import digest
 
 PATIENCE = 3  # evaluations without a better dev loss before early stopping
 CPU_FLOPS, GPU_FLOPS = 1.2e11, 1.0e14  # rough, per core and per card, for an estimate before the first measured run
@@ -139,4 +139,4 @@ def estimate(settings, examples: list) -> dict:
 def recipe_hash(settings, **facts) -> str:
     """12 hex digits of everything that shapes the weights: the recipe, the base, and `facts` (data, contract, template)."""
     body = {"train": settings.train.model_dump(), "base": settings.model.base, "revision": settings.model.revision, **facts}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(json.dumps(body, sort_keys=True))

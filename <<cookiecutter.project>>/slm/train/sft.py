@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -57,10 +58,9 @@ def train(settings, contract, resume: bool = True) -> dict:
     try:
         metrics = _fit(settings, tokenizer, examples, record["recipe_hash"], resume)
     except BaseException as error:
-        problem = f"{type(error).__name__}: {error}"[:500]
+        failed = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
         if _first_process():
-            seconds = round(time.perf_counter() - begin, 1)
-            registry.append(settings, "runs", {**record, "status": "failed", "error": problem, "seconds": seconds})
+            registry.append(settings, "runs", {**record, **failed, "seconds": round(time.perf_counter() - begin, 1)})
         raise
     if not _first_process():
         return record
@@ -195,7 +195,5 @@ def _first_process() -> bool:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
