@@ -42,7 +42,8 @@ def models_bar(results: Sequence[Result], name: str, path: Path, target: float |
     figure = _figure(7.5, 1.5 + 0.42 * len(ran))
     axes = figure.add_subplot()
     own = [r.name.startswith("fine_tuned") or r.name in FILES for r in ran]
-    _bars(axes, [shorten(title(r.name), 34) for r in ran], [r.metrics[name] for r in ran], [BLUE if o else GREY for o in own])
+    names, colors = [shorten(title(r.name), 34) for r in ran], [BLUE if o else GREY for o in own]
+    _bars(axes, names, [r.metrics[name] for r in ran], colors)
     held = [bar for bar, r in zip(axes.patches, ran, strict=True) if r.constrained]
     for bar in held:
         bar.set(hatch="///", edgecolor="white")
@@ -105,9 +106,10 @@ def reliability(result: Result, path: Path) -> Path:
     figure = _figure(5.4, 5.6)
     top, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     middle, width = [(b["low"] + b["high"]) / 2 for b in bins], [0.9 * (b["high"] - b["low"]) for b in bins]
+    sure, right = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
     top.plot([0, 1], [0, 1], color="#2d3748", ls="--", lw=1, label="perfectly calibrated")
-    top.bar(middle, [b["accuracy"] for b in bins], width, color=GREY, label="share right in the bin")
-    top.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o", color=BLUE, label="at its mean confidence")
+    top.bar(middle, right, width, color=GREY, label="share right in the bin")
+    top.plot(sure, right, "o", color=BLUE, label="at its mean confidence")
     top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share of right labels (0 to 1)")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     for bar in below.bar(middle, [b["n"] for b in bins], width, color=BLUE):
