@@ -449,7 +449,8 @@ def test_plots_with_long_labels_and_many_models_are_not_cut(settings, tmp_path, 
 def test_a_column_without_a_figure_is_left_out_and_pictures_in_cells_are_text():
     """Guards against six empty columns, and against a picture that a customer's message loads."""
     half = {"exact_match": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}}
-    two = [Result(name="base", set="dev", metrics=half, latency_p50_s=0.5), Result(name="larger", set="dev", reason="not set")]
+    absent = Result(name="larger", set="dev", reason="not set")
+    two = [Result(name="base", set="dev", metrics=half, latency_p50_s=0.5), absent]
     line = tables.results(two, ["exact_match", "field_f1"])
     assert list(line[0]) == ["model", "constrained", "exact_match", "n", "latency p50 / p95 / p99 (ms)", "note"]
     assert line[0]["latency p50 / p95 / p99 (ms)"] == "500 / - / -" and line[1]["note"] == "not run: not set"
