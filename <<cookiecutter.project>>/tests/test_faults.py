@@ -5,7 +5,7 @@ import json
 
 import pytest
 from pydantic import BaseModel, ConfigDict
-from test_release import CONTRACT, double, gold, made_at, releasable, run_06, settings, ticket_rows
+from test_release import CONTRACT, double, gold, made_at, releasable, run_06, settings, ticket_rows  # noqa: F401
 from typer.testing import CliRunner
 
 from slm import registry

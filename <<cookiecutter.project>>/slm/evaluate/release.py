@@ -305,4 +305,4 @@ def _papers(settings, report: dict) -> list[Gate]:
         ("model card written", card.is_file(), "yes", "08_export writes it"),
         ("dataset version recorded", known, version, lost),
     )
-    return [_gate(rule.replace(" ", "_"), rule, ok, yes if ok else "no", "" if ok else no) for rule, ok, yes, no in papers]
+    return [_gate(r.replace(" ", "_"), r, ok, yes if ok else "no", "" if ok else no) for r, ok, yes, no in papers]
