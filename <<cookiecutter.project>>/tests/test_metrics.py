@@ -30,6 +30,7 @@ from slm.evaluate import (
 )  # fmt: skip
 from slm.evaluate.calibration import reliability
 from slm.evaluate.metrics import confusion, interval, suspicions, table_statistic
+from slm.evaluate.scorers import row_metric
 from slm.models import Answer
 from slm.models.program import ProgramModel
 from slm.rows import make_row as _make_row
@@ -304,6 +305,7 @@ def near(value):
     return pytest.approx(value, abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_macro_f1_and_rates_equal_scikit_learn():
     """Guards against an own formula that drifts from the reference, draw by draw of the bootstrap too."""
     from sklearn.metrics import balanced_accuracy_score, f1_score, multilabel_confusion_matrix
@@ -333,6 +335,8 @@ def test_classification_equals_scikit_learn():
         assert found["accuracy"].value == near(accuracy_score(want, got))
         assert found["macro_f1"].value == near(f1_score(want, got, labels=names, average="macro", zero_division=0))
         assert np.array_equal(table["counts"], confusion_matrix(want, got, labels=table["labels"]))
+    wrong = [row_metric("false_negative_rate")(s, CLASSES) for s in (one(CLASSES, {"label": w}, {"label": g}) for w, g in pairs)]
+    assert wrong == [float(w != g) for w, g in pairs]
     acted, harm = [g in names[1:] for g in got], [w != "allowed" for w in want]
     assert found["violation_recall"].value == near(recall_score(harm, acted))
     assert found["false_refusal_rate"].value == near(1 - recall_score(harm, acted, pos_label=False))
