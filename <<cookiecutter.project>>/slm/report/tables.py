@@ -28,7 +28,7 @@ def title(name: str) -> str:
 
 
 def markdown(records: Sequence[dict]) -> str:
-    """Records with the same keys as a Markdown table: cells never break it, load no picture, and numbers stand right."""
+    """Records with the same keys as a Markdown table; no cell breaks it or loads a picture, numbers stand right."""
     if not records:
         return "(none)\n"
     names = list(records[0])
@@ -52,7 +52,9 @@ def metric(found: Metric | dict | None) -> str:
         return "-"
     if isinstance(found, Metric):
         return str(found)
-    return f"not run: {found['not_run']}" if "not_run" in found else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
+    if "not_run" in found:
+        return f"not run: {found['not_run']}"
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
 
 
 def sets(found: dict[str, list[Row]], locked: dict[str, str]) -> list[dict]:
@@ -89,7 +91,8 @@ def comparisons(found: dict[str, dict]) -> list[dict]:
         {
             "against": title(name),
             "difference": "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**c["difference"]),
-            "McNemar p": f"{c['mcnemar_p']:.4f}" if c["mcnemar_p"] >= 1e-4 else "<0.0001", "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
+            "McNemar p": f"{c['mcnemar_p']:.4f}" if c["mcnemar_p"] >= 1e-4 else "<0.0001",
+            "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
             "n": c["difference"]["n"], "verdict": c["verdict"],
         }
         for name, c in found.items()
@@ -126,7 +129,7 @@ def side_by_side(failure: dict) -> list[dict]:
         return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 400)
 
     return [
-        {"": "✗" if n in failure["wrong"] else "", "field": n, "expected": cell(want.get(n)), "given": cell(given.get(n))}
+        {"": "✗" * (n in failure["wrong"]), "field": n, "expected": cell(want.get(n)), "given": cell(given.get(n))}
         for n in dict.fromkeys([*want, *got])
     ]
 
