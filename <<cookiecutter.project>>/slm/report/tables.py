@@ -101,10 +101,15 @@ def comparisons(found: dict[str, dict]) -> list[dict]:
 
 def gates(found: Sequence[Gate]) -> list[dict]:
     """One line per release gate; of the rows that failed it the first ten."""
+
+    def named(g: Gate) -> str:
+        more = f" and {len(g.rows) - 10} more" if len(g.rows) > 10 else ""
+        return ", ".join(g.rows[:10]) + more if g.status == "fail" else ""
+
     return [
         {
             "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.comment,
-            "rows": (", ".join(g.rows[:10]) + f" and {len(g.rows) - 10} more" * (len(g.rows) > 10)) * (g.status == "fail"),
+            "rows": named(g),
         } for g in found
     ]  # fmt: skip
 
