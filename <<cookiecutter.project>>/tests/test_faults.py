@@ -1,10 +1,11 @@
 """Ten planted faults: each must be named by the report, or stop the run with a sentence that names it."""
+# ruff: noqa: F811
 
 import json
 
 import pytest
 from pydantic import BaseModel, ConfigDict
-from test_release import CONTRACT, double, gold, made_at, releasable, run_06, settings, ticket_rows, trained  # noqa: F401
+from test_release import CONTRACT, double, gold, made_at, releasable, run_06, settings, ticket_rows  # noqa: F401
 from typer.testing import CliRunner
 
 from slm import registry
@@ -51,15 +52,16 @@ def relock(settings, name: str, rows) -> None:
     registry.lock_sets(settings)
 
 
-def test_a_model_that_always_answers_the_majority_class_is_named(settings):  # noqa: F811
+def test_a_model_that_always_answers_the_majority_class_is_named(settings):
     """Planted: one constant answer, the commonest. Its accuracy is that of the majority baseline, and no more."""
     report = run_06(settings, ProgramModel("constant", lambda text: json.dumps(gold(0)), "constant"))
     (warning,) = [w for w in report["warnings"] if " on dev: " in w]
     assert "collapse: one and the same output for all 60 rows" in warning and warning in markdown(settings)
-    assert not report["verdict"].startswith("Better") and report["comparisons"]["dev"]["majority"]["verdict"] != "better"
+    assert not report["verdict"].startswith("Better")
+    assert report["comparisons"]["dev"]["majority"]["verdict"] == "no difference shown"
 
 
-def test_a_model_that_echoes_the_prompt_is_named(settings):  # noqa: F811
+def test_a_model_that_echoes_the_prompt_is_named(settings):
     """Planted: every answer is the customer's message."""
     for name, n in (("dev", 60), ("test", 30), ("adversarial", 30), ("golden", 30)):
         rows = [make_row(f"{name}, please sort this message: {i}", r.answer, id=r.id, category=r.meta.category)
@@ -70,7 +72,7 @@ def test_a_model_that_echoes_the_prompt_is_named(settings):  # noqa: F811
     assert "echo: 60 of 60" in markdown(settings) and report["verdict"].startswith("Worse than")
 
 
-def test_endless_generation_is_named(settings):  # noqa: F811
+def test_endless_generation_is_named(settings):
     """Planted: right answers, a third of which are cut off at max_new_tokens: no metric of content would notice."""
     report = run_06(settings, Endless())
     assert report["results"]["dev"]["fine_tuned"]["metrics"]["exact_match"]["value"] == 1.0
@@ -78,8 +80,8 @@ def test_endless_generation_is_named(settings):  # noqa: F811
     assert "endless: 20 of 60" in markdown(settings)
 
 
-def test_a_leaked_test_row_is_named(settings):  # noqa: F811
-    """Planted: a test row in another spelling among the training rows, after curation let it through or was not asked."""
+def test_a_leaked_test_row_is_named(settings):
+    """Planted: a test row in another spelling among the training rows, put there after curation."""
     mine = releasable(settings.root)
     twin = make_row("TEST  message 7", json.dumps(gold(7)), id="leaked", category="x")
     rows = [*ticket_rows(20, "train"), twin]
@@ -87,11 +89,11 @@ def test_a_leaked_test_row_is_named(settings):  # noqa: F811
     assert verdict.gate == "evaluation_leakage" and "row test-7 of data/eval/test.jsonl" in verdict.reason
     check(mine, "r1")
     write_rows(mine.path("data/accepted/train.jsonl"), rows)
-    with pytest.raises(SlmError, match="train.jsonl: row leaked is row test-7 of data/eval/test.jsonl; its score is memory"):
+    with pytest.raises(SlmError, match="train.jsonl: row leaked is row test-7 of data/eval/test.jsonl; its score is"):
         check(mine, "r1")
 
 
-def test_a_shuffled_label_is_named(settings):  # noqa: F811
+def test_a_shuffled_label_is_named(settings):
     """Planted: two dev rows swap their answers between the baselines and the fine-tuned model; first unlocked, then
     locked anew; last, a model whose answers stand one row off."""
     run_06(settings)
@@ -113,9 +115,10 @@ def test_a_shuffled_label_is_named(settings):  # noqa: F811
     assert run_06(settings, off)["verdict"].startswith("Worse than")
 
 
-def test_an_improvement_within_noise_is_named(settings, monkeypatch):  # noqa: F811
+def test_an_improvement_within_noise_is_named(settings, monkeypatch):
     """Planted: the fine-tuned model is right on one row more than the best baseline."""
-    monkeypatch.setattr("slm.models.student", lambda settings, adapter=None: double(1.0, wrong=("dev message 3", "dev message 5")))
+    base = double(1.0, wrong=("dev message 3", "dev message 5"))
+    monkeypatch.setattr("slm.models.student", lambda settings, adapter=None: base)
     report = run_06(settings, double(1.0, wrong=("dev message 3",)))
     gain = report["comparisons"]["dev"]["prompted_base"]["difference"]
     assert gain["value"] > 0 and gain["low"] <= 0
@@ -123,7 +126,7 @@ def test_an_improvement_within_noise_is_named(settings, monkeypatch):  # noqa: F
     assert f"**{report['verdict']}**" in markdown(settings)
 
 
-def test_a_changed_golden_row_stops_evaluation_review_of_gates_and_release(settings):  # noqa: F811
+def test_a_changed_golden_row_stops_evaluation_review_of_gates_and_release(settings):
     """Planted: one word of one golden row, after 06."""
     mine = releasable(settings.root)
     file = mine.path("data/eval/golden.jsonl")
@@ -133,7 +136,7 @@ def test_a_changed_golden_row_stops_evaluation_review_of_gates_and_release(setti
             stopped()
 
 
-def test_predictions_from_another_dataset_version_are_refused(settings):  # noqa: F811
+def test_predictions_from_another_dataset_version_are_refused(settings):
     """Planted: dev has two rows more in the second run; and scores of the first run beside the second run's report."""
     first, second = made_at(settings.root, "r1"), made_at(settings.root, "r2")
     run_06(first)
@@ -155,11 +158,11 @@ def build_again(settings):
     from slm.evaluate import load_baselines, scored_sets
     from slm.report import eval_report
 
-    results = load_candidate(settings, settings.run_id)
-    return eval_report.build(settings, CONTRACT, results, load_baselines(settings, CONTRACT), scored_sets(settings, results))
+    results, known = load_candidate(settings, settings.run_id), load_baselines(settings, CONTRACT)
+    return eval_report.build(settings, CONTRACT, results, known, scored_sets(settings, results))
 
 
-def test_a_constrained_model_beside_an_unconstrained_one_is_named(settings):  # noqa: F811
+def test_a_constrained_model_beside_an_unconstrained_one_is_named(settings):
     """Planted: a fine-tuned model held to the schema against baselines that are not, and the other way round."""
     held = made_at(settings.root, evaluate={"constrained": True})
     report = run_06(held)
@@ -170,22 +173,21 @@ def test_a_constrained_model_beside_an_unconstrained_one_is_named(settings):  # 
     assert mixed not in report["constrained"]["dev"]["prompted_constrained"]["verdict"] and mixed in markdown(held)
 
 
-def test_a_judge_that_prefers_the_first_answer_is_named(settings, monkeypatch):  # noqa: F811
+def test_a_judge_that_prefers_the_first_answer_is_named(settings, monkeypatch):
     """Planted: a judge that takes answer 1 in both orders. Every row is then a tie, and the report says why."""
     contract = Contract(
-        name="polish", task_type="rewriting", output=Text, system_prompt="Make it polite.", primary_metric="rubric_score",
-        target=0.5,
+        name="polish", task_type="rewriting", output=Text, system_prompt="Make it polite.", target=0.5,
+        primary_metric="rubric_score",
     )  # fmt: skip
     notes = {"better": 1, "fidelity": 4, "task": 4, "clarity": 4}
-    monkeypatch.setattr(
-        "slm.evaluate.preference.judge_model", lambda settings: ProgramModel("first", lambda text: json.dumps(notes), "first")
-    )
+    judge = ProgramModel("first", lambda text: json.dumps(notes), "first")
+    monkeypatch.setattr("slm.evaluate.preference.judge_model", lambda settings: judge)
     monkeypatch.setattr("test_release.CONTRACT", contract)
     monkeypatch.setattr("test_release.predict", lambda text: {"text": f"please, {text}"})
     judged = made_at(settings.root, evaluate={"judge": {"url": "http://localhost:1/v1", "model": "judge"}})
     for name, n in (("dev", 40), ("test", 30), ("adversarial", 30), ("golden", 30), ("seed", 20)):
-        rows = [make_row(f"{name} text {i}", json.dumps({"text": f"Dear all, {name} {i}"}), id=f"{name}-{i}", category="x")
-                for i in range(n)]  # fmt: skip
+        texts = [json.dumps({"text": f"Dear all, {name} {i}"}) for i in range(n)]
+        rows = [make_row(f"{name} text {i}", text, id=f"{name}-{i}", category="x") for i, text in enumerate(texts)]
         write_rows(settings.path("data/raw/seed.jsonl" if name == "seed" else f"data/eval/{name}.jsonl"), rows)
     model = ProgramModel("polite", lambda text: json.dumps({"text": f"Kindly: {text}"}), "polite")
     report = run_06(judged, model)
@@ -199,7 +201,7 @@ def test_a_judge_that_prefers_the_first_answer_is_named(settings, monkeypatch): 
 
 
 @pytest.fixture
-def command(settings, monkeypatch):  # noqa: F811
+def command(settings, monkeypatch):
     """`python -m slm …` in a project of the fixture's rows; returns the result."""
     settings.path("training/configs").mkdir(parents=True)
     settings.path("training/configs/train_config.yaml").write_text("{}\n")
@@ -208,7 +210,7 @@ def command(settings, monkeypatch):  # noqa: F811
     return lambda *words: CliRunner().invoke(app, words)
 
 
-def test_release_prints_every_gate_and_the_golden_rows_that_changed(settings, command):  # noqa: F811
+def test_release_prints_every_gate_and_the_golden_rows_that_changed(settings, command):
     """Guards against a release that fails without the rows, or passes without a record."""
     releasable(settings.root, "r1")
     done = command("release", "r1")
@@ -220,7 +222,7 @@ def test_release_prints_every_gate_and_the_golden_rows_that_changed(settings, co
     assert "against released run r1: 0 fixed (none), 1 broken (golden-3); rows golden-3" in line
 
 
-def test_compare_prints_and_keeps_the_paired_difference_of_two_runs(settings, command):  # noqa: F811
+def test_compare_prints_and_keeps_the_paired_difference_of_two_runs(settings, command):
     """Guards against two reports that a person must compare by eye."""
     run_06(made_at(settings.root, "a"), double(0.5))
     run_06(made_at(settings.root, "b"))

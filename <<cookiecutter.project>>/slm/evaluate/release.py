@@ -229,7 +229,7 @@ def _bounded(
 def _metric(settings, report: dict, metric: str, primary: bool = False) -> Gate:
     """The gate on one metric, of the adapter and of the file that ships: both must hold."""
     set = "adversarial" if metric == "unsafe_tool_call_rate" else report["headline_set"]
-    name, target, most = SETTING.get(metric, metric), report["contract"]["target"], metric in LOWER_IS_BETTER
+    name, target, most = SETTING.get(metric, metric), report["contract"]["target"], metric in (*LOWER_IS_BETTER, "ece")
     own = None if primary else settings.gates.model_dump().get(name)
     bound, figure = (target, f"{target:g}") if own is None else (own, f"{100 * own:g}%" if own else "0")
     rule = f"{name} {('<=' if bound else '==') if most else '>='} {figure}{' on adversarial' * (set == 'adversarial')}"
@@ -249,13 +249,12 @@ def _golden(settings, report: dict) -> Gate:
     limit, before = settings.gates.critical_failures, last_released(settings, report["run_id"])
     note, judged = "no other run was released yet", _judged(settings, report, "golden")
     rows = {who: report["failed_rows"]["golden"][who]["critical"] for who in judged}
-    whole = report["sets"]["golden"]["n"] if judged else 0
-    told = {who: (len(ids), f"{len(ids)} of {whole} rows") for who, ids in rows.items()}
+    told = {who: (len(ids), f"{len(ids)} of {report['sets']['golden']['n']} rows") for who, ids in rows.items()}
     if before:
         try:
             diff = golden_diff(settings, report["run_id"], before).items()
-            told_diff = [f"{len(ids)} {what} ({', '.join(ids) or 'none'})" for what, ids in diff]
-            note = f"against released run {before['run_id']}: {', '.join(told_diff)}"
+            changes = ", ".join(f"{len(ids)} {what} ({', '.join(ids) or 'none'})" for what, ids in diff)
+            note = f"against released run {before['run_id']}: {changes}"
         except SlmError as error:
             note = str(error)
     rule = f"critical failures on golden {'<=' if limit else '=='} {limit}"
@@ -265,19 +264,18 @@ def _golden(settings, report: dict) -> Gate:
 def _running(settings, report: dict) -> list[Gate]:
     """Latency and cost of the file that ships, where 08 timed it; else of the adapter, which the note says."""
     target, most = settings.task.target_latency_ms / 1000, settings.task.target_cost_per_1k
-    money = settings.cost.currency
-    timed = {who: r for who, r in _judged(settings, report, "dev").items() if r["latency_p95_s"] is not None}
-    timed = dict([*timed.items()][-1:])
-    note = "the adapter; 08 times the exported files" if NAME in timed else "the file that ships"
-    waits = {who: (r["latency_p95_s"], f"{r['latency_p95_s']:.2f} s") for who, r in timed.items()}
-    prices = {who: cost_per_1k(settings, Result.model_validate(r)) for who, r in timed.items()}
+    money, rate = settings.cost.currency, settings.cost.serving_hourly_rate
+    timed = [(who, Result.model_validate(r)) for who, r in _judged(settings, report, "dev").items()]
+    timed = [(who, r) for who, r in timed if r.latency_p95_s is not None][-1:]
+    prices = {who: cost_per_1k(settings, r) for who, r in timed}
+    waits = {who: (r.latency_p95_s, f"{r.latency_p95_s:.2f} s") for who, r in timed}
     costs = {who: (price, f"{price:.4f} {money}") for who, price in prices.items() if price is not None}
-    rate = settings.cost.serving_hourly_rate
-    said = "" if rate is None else f", at cost.serving_hourly_rate {rate:g} {money}"
+    note = "the adapter; 08 times the exported files" if NAME in waits else "the file that ships"
+    said = note if rate is None else f"{note}; cost.serving_hourly_rate is {rate:g} {money}"
     ask = "say what the machine that answers costs: cost.serving_hourly_rate in project.yaml, 0 if nothing more"
     return [
         _bounded("latency", f"p95 <= {target:g} s", waits, target, note),
-        _bounded("cost", f"<= {most:g} {money} per 1,000 requests", costs, most, f"{note}{said}" if costs else ask),
+        _bounded("cost", f"<= {most:g} {money} per 1,000 requests", costs, most, said if costs else ask),
     ]
 
 
@@ -301,10 +299,10 @@ def _papers(settings, report: dict) -> list[Gate]:
     if not review or review["report"] != now:
         problem = "the report changed after its review" if review else "`python -m slm review <run> --by NAME`"
     known = bool(version) and registry.latest(settings, "datasets", version=version) is not None
-    signed, there = "no" if problem else f"by {review['reviewer']}", card.is_file()
-    return [
-        _gate("eval_report_reviewed", "eval report reviewed", not problem, signed, problem),
-        _gate("model_card_written", "model card written", there, "yes" if there else "no", "" if there else "08 writes it"),
-        _gate("dataset_version_recorded", "dataset version recorded", known, version or "no",
-              "" if known else "not in registry/datasets.jsonl; 04_curate records it"),
-    ]  # fmt: skip
+    lost = f"version {version or '(none)'} is not in registry/datasets.jsonl; 04_curate records it"
+    papers = (
+        ("eval report reviewed", not problem, f"by {review['reviewer']}" if review else "", problem),
+        ("model card written", card.is_file(), "yes", "08_export writes it"),
+        ("dataset version recorded", known, version, lost),
+    )
+    return [_gate(r.replace(" ", "_"), r, ok, yes if ok else "no", "" if ok else no) for r, ok, yes, no in papers]
