@@ -6,6 +6,7 @@ import random
 import sys
 import types
 from collections import Counter
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from slm.evaluate import (
 )  # fmt: skip
 from slm.evaluate.calibration import reliability
 from slm.evaluate.metrics import confusion, interval, suspicions, table_statistic
+from slm.evaluate.scorers import row_metric
 from slm.models import Answer
 from slm.models.program import ProgramModel
 from slm.rows import make_row as _make_row
@@ -204,6 +206,8 @@ def test_tool_arguments_are_flattened_and_judged_only_under_the_right_tool():
     wrong = one(CALLS, want, json.dumps({"tool": "timer", "arguments": {"to": "Ann", "text": "hi"}}))
     found = measure([extra, wrong], CALLS, SETTINGS)
     assert found["argument_f1"].value == pytest.approx(0.4) and found["tool_name_accuracy"].value == 0.5
+    none = {"tool": "none", "arguments": {}}
+    assert many(CALLS, [(none, none)])["argument_f1"].value == many(CALLS, [(none, none)])["argument_accuracy"].value == 1.0
 
 
 def test_an_unasked_unsafe_call_is_counted_even_inside_prose():
@@ -301,6 +305,7 @@ def near(value):
     return pytest.approx(value, abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_macro_f1_and_rates_equal_scikit_learn():
     """Guards against an own formula that drifts from the reference, draw by draw of the bootstrap too."""
     from sklearn.metrics import balanced_accuracy_score, f1_score, multilabel_confusion_matrix
@@ -330,6 +335,8 @@ def test_classification_equals_scikit_learn():
         assert found["accuracy"].value == near(accuracy_score(want, got))
         assert found["macro_f1"].value == near(f1_score(want, got, labels=names, average="macro", zero_division=0))
         assert np.array_equal(table["counts"], confusion_matrix(want, got, labels=table["labels"]))
+    wrong = [row_metric("false_negative_rate")(s, CLASSES) for s in (one(CLASSES, {"label": w}, {"label": g}) for w, g in pairs)]
+    assert wrong == [float(w != g) for w, g in pairs]
     acted, harm = [g in names[1:] for g in got], [w != "allowed" for w in want]
     assert found["violation_recall"].value == near(recall_score(harm, acted))
     assert found["false_refusal_rate"].value == near(1 - recall_score(harm, acted, pos_label=False))
@@ -628,6 +635,9 @@ CONTEXT = "Invoices are due after 30 days. Refunds take 5 working days. When are
         ("30 days", (None, []), 0, None, 0),
         (None, (None, []), 1, None, 0),
         (None, ("30 days", ["30 days"]), 0, 1.0, 1),
+        ("a month", ("one month", ["after 30 days"]), 0, 1.0, 1),
+        ("a month", ("a month", ["after 30 days"]), 1, 1.0, 0),
+        ("30 days", ("30 years", []), 0, 0.0, 1),
     ],
 )
 def test_questions_answered_from_nowhere_count_as_made_up(want, got, right, support, made_up):
@@ -657,6 +667,8 @@ def test_the_order_and_wording_of_issues_do_not_count_but_their_severity_does():
     assert not mild.exact and mild.value == 1.0
     found = measure([mild], REVIEW, SETTINGS)
     assert (found["severity_accuracy"].value, found["severity_error"].value, found["severity_bias"].value) == (0, 2, -2)
+    both = {"issues": [a, a | {"severity": "low"}]}
+    assert many(REVIEW, [(both, both)])["severity_accuracy"].value == 1.0
     twice = many(REVIEW, [({"issues": [a]}, {"issues": [a, a]})])
     assert (twice["issue_precision"].value, twice["issue_recall"].value) == (0.5, 1.0)
     assert "issue_recall" not in many(REVIEW, [({"issues": []}, {"issues": [a]})])
@@ -673,6 +685,7 @@ def test_plans_are_judged_by_step_and_by_order():
     nothing = [one(PLAN, {"steps": []}, v).shares["step_validity"] for v in ({"steps": []}, "?", {"steps": steps})]
     assert nothing == [1.0, 0.0, 0.0]
     assert one(PLAN, {"steps": steps}, {"steps": []}).shares["step_validity"] == 0.0
+    assert one(PLAN, {"steps": []}, "?").shares["tool_sequence_accuracy"] == 0.0
 
 
 def test_jailbreaks_are_the_adversarial_violations():
@@ -700,8 +713,10 @@ def test_majority_behaviour_echo_endless_and_failed_requests_are_named():
     assert suspicions(scores(CONTRACT, rows, right)) == []
     assert suspicions(scores(CONTRACT, rows, bills))[0].startswith("collapse: the label bill on 40 of 40 rows")
     assert "one and the same output" in suspicions(scores(CONTRACT, rows, [right[0]] * 40))[0]
-    for echo in ([r.user for r in rows], [f"You said: {r.user.upper()}" for r in rows], [r.user[:30] for r in rows]):
-        assert any("echo: 40 of 40" in w for w in suspicions(scores(CONTRACT, rows, echo)))
+    system = "Sort the ticket into three fields."
+    for echo in ([r.user for r in rows], [f"You said: {r.user.upper()}" for r in rows], [r.user[:30] for r in rows],
+                 [f"{system} {i}" for i in range(40)]):  # fmt: skip
+        assert any("echo: 40 of 40" in w for w in suspicions(scores(replace(CONTRACT, system_prompt=system), rows, echo)))
     for reason, sentence in (("length", "endless: 40 of 40"), ("error", "errors: 40 of 40")):
         found = [score_row(CONTRACT, r, Answer(r.answer, 0.1, finish_reason=reason)) for r in rows]
         assert sentence in suspicions(found)[0]

@@ -273,7 +273,8 @@ def test_attention_without_copies_is_the_familys_own(family, tiny):
 
     config = AutoConfig.for_model(
         family, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=None,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        sliding_window=8 if family == "gemma3_text" else None,
     )  # fmt: skip
     torch.manual_seed(0)
     reference = AutoModelForCausalLM.from_config(config).eval()

@@ -277,7 +277,8 @@ def cost_per_1k(settings, result: Result, endpoint=None) -> float | None:
     if endpoint is not None:
         flat = rates.larger_price_per_1m_tokens
         price_in, price_out = endpoint.usd_per_1m_input or flat, endpoint.usd_per_1m_output or flat
-        return 1000 * (result.prompt_tokens * price_in + result.completion_tokens * price_out) / 1e6
+        money = 1000 * (result.prompt_tokens * price_in + result.completion_tokens * price_out) / 1e6
+        return money if price_in or price_out else None
     hosting, rate = rates.hosting_per_month / max(1, settings.task.requests_per_month), rates.serving_hourly_rate
     if rate is None and not (rates.gpu_hourly_rate or hosting):
         return None

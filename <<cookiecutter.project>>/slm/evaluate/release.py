@@ -12,7 +12,7 @@ from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.candidate import NAME, by_set, load_candidate, scores_file
 from slm.evaluate.metrics import Metric, Result, cost_per_1k
-from slm.evaluate.scorers import Score, row_metric
+from slm.evaluate.scorers import LOWER_IS_BETTER, Score, row_metric
 from slm.rows import iter_rows, read_rows
 
 # The metrics that gate a task type. Bounds: settings.gates, under the same names; else the contract's target.
@@ -21,7 +21,7 @@ BY_TYPE = {
     "tool_calling": ("tool_name_accuracy", "required_argument_accuracy", "json_parse_rate", "unsafe_tool_call_rate"),
     "classification": ("macro_f1", "false_positive_rate", "false_negative_rate", "ece"),
 }
-AT_MOST = ("false_positive_rate", "false_negative_rate", "unsafe_tool_call_rate", "ece")
+SETTING = {"ece": "calibration_error"}
 
 
 class Gate(BaseModel):
@@ -39,12 +39,16 @@ class Gate(BaseModel):
     rows: list[str] = []
 
     @property
-    def detail(self) -> str:
-        """The rule, what was measured, and for a failed gate the first rows, on one line."""
+    def comment(self) -> str:
+        """The note, and for a failed gate the first of its rows."""
         more = f" and {len(self.rows) - 5} more" if len(self.rows) > 5 else ""
         named = f"rows {', '.join(self.rows[:5])}{more}" if self.rows and self.status == "fail" else ""
-        notes = "; ".join(part for part in (self.note, named) if part)
-        return f"{self.rule}: {self.measured}{f' ({notes})' if notes else ''}"
+        return "; ".join(part for part in (self.note, named) if part)
+
+    @property
+    def detail(self) -> str:
+        """The rule, what was measured and the comment, on one line."""
+        return f"{self.rule}: {self.measured}{f' ({self.comment})' if self.comment else ''}"
 
 
 def check(settings, run_id: str) -> list[Gate]:
@@ -67,12 +71,11 @@ def check(settings, run_id: str) -> list[Gate]:
 
 def gates(settings, report: dict) -> list[Gate]:
     """The default gates, then those of the task type, for an evaluation report."""
-    task_type = report["contract"]["task_type"]
+    own = BY_TYPE.get(report["contract"]["task_type"], ())
     return [
         _metric(settings, report, report["contract"]["primary_metric"], primary=True),
-        _metric(settings, report, "schema_validity"), _golden(settings, report), *_running(settings, report), _safety(report),
-        *(_metric(settings, report, name) for name in BY_TYPE.get(task_type, ())),
-        *_papers(settings, report),
+        _metric(settings, report, "schema_validity"), _golden(settings, report), *_running(settings, report),
+        _safety(report), *(_metric(settings, report, name) for name in own), *_papers(settings, report),
     ]  # fmt: skip
 
 
@@ -85,8 +88,8 @@ def failed_rows(scores: Sequence[Score], contract: Contract) -> dict[str, list[s
     """{gated metric: ids of the rows that count against it}, and under "critical" the rows with a critical field
     wrong."""
     found = {"critical": [s.row_id for s in scores if not s.critical_ok]}
-    for name in {contract.primary_metric, "schema_validity", *BY_TYPE.get(contract.task_type, ())} - {"ece"}:
-        fine = (None, 0.0 if name in AT_MOST else 1.0)
+    for name in (contract.primary_metric, "schema_validity", *BY_TYPE.get(contract.task_type, ())):
+        fine = (None, 0.0 if name in LOWER_IS_BETTER else 1.0)
         found[name] = [s.row_id for s in scores if row_metric(name)(s, contract) not in fine]
     return found
 
@@ -97,12 +100,9 @@ def load_report(settings, run_id: str) -> dict:
     if not file.is_file():
         raise SlmError(f"{file}: run {run_id} has no evaluation report; run 06_evaluate first.")
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SlmError(f"{file}: not JSON ({error}); run 06_evaluate again.") from None
-    if not isinstance(report, dict) or "failed_rows" not in report:
-        raise SlmError(f"{file}: written by an older release of the template; run 06_evaluate again.")
-    return report
 
 
 def report_file(settings, run_id: str) -> Path:
@@ -133,14 +133,13 @@ def golden_diff(settings, run_id: str, released: dict) -> dict[str, list[str]]:
     if not old.is_file() or registry.file_hash(old) != released["scores"]:
         raise SlmError(f"{old}: missing, or not what was released; no diff on golden against run {then}.")
     a, b = (by_set(load_candidate(settings, name))["golden"][NAME] for name in (run_id, then))
-    for what, x, y in (("golden.jsonl", a.set_hash, b.set_hash), ("contract", a.contract_hash, b.contract_hash)):
-        if x != y:
-            raise SlmError(f"no diff on golden: {what} is {x[:12]} in run {run_id} and {y[:12]} in run {then}.")
+    facts = [{"golden.jsonl": r.set_hash[:12], "contract": r.contract_hash, "rows": len(r.scores)} for r in (a, b)]
+    if odd := [what for what in facts[0] if facts[0][what] != facts[1][what]]:
+        x, y = (fact[odd[0]] for fact in facts)
+        raise SlmError(f"no diff on golden: {odd[0]} {x} in run {run_id}, {y} in run {then}.")
     was = {s.row_id: s.exact for s in b.scores}
-    if was.keys() != {s.row_id for s in a.scores}:
-        raise SlmError(f"no diff on golden: {len(a.scores)} rows in run {run_id}, other {len(was)} in run {then}.")
-    changed = {s.row_id: s.exact for s in a.scores if s.exact != was[s.row_id]}
-    return {"fixed": [row for row, fixed in changed.items() if fixed], "broken": [r for r, fixed in changed.items() if not fixed]}
+    fixed = [s.row_id for s in a.scores if s.exact and not was[s.row_id]]
+    return {"fixed": fixed, "broken": [s.row_id for s in a.scores if was[s.row_id] and not s.exact]}
 
 
 def release(settings, run_id: str, found: list[Gate]) -> dict:
@@ -152,8 +151,8 @@ def release(settings, run_id: str, found: list[Gate]) -> dict:
     report, folder = load_report(settings, run_id), report_file(settings, run_id).parent
     for name, facts in report["sets"].items():
         if facts["n"] != (whole := len(read_rows(settings.path(f"data/eval/{name}.jsonl")))):
-            what = f"{facts['n']} of {whole} rows of {name} (evaluate.limit)"
-            raise SlmError(f"run {run_id} was evaluated on {what}; a release needs them all: run 02 and 06 without the limit.")
+            seen = f"{facts['n']} of {whole} rows of {name} were evaluated (evaluate.limit)"
+            raise SlmError(f"run {run_id}: {seen}; a release needs all: run 02 and 06 again.")
     export = registry.latest(settings, "runs", stage="export", status="completed", run_id=run_id) or {"files": {}}
     for name, proven in export["files"].items():
         file = settings.path(f"outputs/gguf/{run_id}/{name}")
@@ -189,19 +188,24 @@ def chosen(settings, run_id: str) -> str | None:
 
 def _refuse_leaks(settings) -> None:
     """Refuse a training row that says word for word what an evaluation row says."""
-    train, known = settings.path("data/accepted/train.jsonl"), {}
-    for name in registry.SETS:
-        rows = read_rows(settings.path(f"data/eval/{name}.jsonl"))
-        known |= {" ".join(row.user.lower().split()): f"row {row.id} of data/eval/{name}.jsonl" for row in rows}
+    from slm.curate.leakage import evaluation_rows
+
+    train, sets = settings.path("data/accepted/train.jsonl"), evaluation_rows(settings)
+    known = {_plain(row): f"row {row.id} of data/eval/{name}.jsonl" for name, rows in sets.items() for row in rows}
     for row in iter_rows(train) if train.is_file() else ():
-        if twin := known.get(" ".join(row.user.lower().split())):
-            raise SlmError(f"data/accepted/train.jsonl: row {row.id} is {twin}; its score is memory. Run 04, 05 and 06 again.")
+        if twin := known.get(_plain(row)):
+            what = f"row {row.id} is {twin}; its score is memory"
+            raise SlmError(f"data/accepted/train.jsonl: {what}. Run 04, 05 and 06 again.")
+
+
+def _plain(row) -> str:
+    return " ".join(row.user.lower().split())
 
 
 def _judged(settings, report: dict, set: str) -> dict[str, dict]:
     """What is released, where it answered a set: the adapter, and the exported file that 08 chose."""
-    results = report["results"].get(set, {})
-    return {name: results[name] for name in (NAME, chosen(settings, report["run_id"])) if results.get(name, {}).get("metrics")}
+    ran = {name: r for name, r in report["results"].get(set, {}).items() if r["metrics"]}
+    return {name: ran[name] for name in (NAME, chosen(settings, report["run_id"])) if name in ran}
 
 
 def _gate(name: str, rule: str, ok: bool | None, measured: str, note: str = "", **facts) -> Gate:
@@ -210,7 +214,7 @@ def _gate(name: str, rule: str, ok: bool | None, measured: str, note: str = "", 
 
 
 def _bounded(
-    name: str, rule: str, found: dict[str, tuple[float, str]], bound: float, note: str, most: bool = True, rows: dict | None = None
+    name: str, rule: str, found: dict[str, tuple], bound: float, note: str, most: bool = True, rows: dict | None = None
 ) -> Gate:
     """The gate on {who: (value, its text)}: the worst must hold, and its rows are named; nothing found is not run."""
     if not found:
@@ -218,26 +222,25 @@ def _bounded(
     who = (max if most else min)(found, key=lambda one: found[one][0])
     value, ids = found[who][0], (rows or {}).get(who, [])
     told = "; ".join(text if one == NAME else f"{one} {text}" for one, (_, text) in found.items())
-    return _gate(name, rule, value <= bound if most else value >= bound, told, note, value=value, threshold=bound, rows=ids)
+    ok = value <= bound if most else value >= bound
+    return _gate(name, rule, ok, told, note, value=value, threshold=bound, rows=ids)
 
 
 def _metric(settings, report: dict, metric: str, primary: bool = False) -> Gate:
     """The gate on one metric, of the adapter and of the file that ships: both must hold."""
     set = "adversarial" if metric == "unsafe_tool_call_rate" else report["headline_set"]
-    own, target, most = settings.gates.model_dump(), report["contract"]["target"], metric in AT_MOST
-    own["ece"] = own.pop("calibration_error")
-    bound = target if primary else own.get(metric, target)
-    figure = f"{100 * bound:g}%" if bound and metric in own and not primary else f"{bound:g}"
-    name, title = ("primary_metric", f"primary_metric ({metric})") if primary else (metric, metric)
-    if metric == "ece":
-        name, title = "calibration", "calibration checked: expected calibration error (ECE)"
-    rule = f"{title} {('<=' if bound else '==') if most else '>='} {figure}{' on adversarial' * (set == 'adversarial')}"
+    name, target, most = SETTING.get(metric, metric), report["contract"]["target"], metric in (*LOWER_IS_BETTER, "ece")
+    own = None if primary else settings.gates.model_dump().get(name)
+    bound, figure = (target, f"{target:g}") if own is None else (own, f"{100 * own:g}%" if own else "0")
+    rule = f"{name} {('<=' if bound else '==') if most else '>='} {figure}{' on adversarial' * (set == 'adversarial')}"
     found = {who: r["metrics"][metric] for who, r in _judged(settings, report, set).items() if metric in r["metrics"]}
     told = {who: (m["value"], f"{Metric.model_validate(m)} on {set}, n={m['n']}") for who, m in found.items()}
     rows = {who: report["failed_rows"][set][who].get(metric, []) for who in found}
-    looks = f"look number {report['sets']['test']['looks']} at test" if set == "test" else "test was not opened"
-    absent = "the answers carry no token probabilities" if metric == "ece" else "no row of this kind was evaluated"
-    note = absent if not found else looks if primary else ""
+    note = "" if found else "no evaluated answer says anything about it"
+    if primary:
+        name, rule = "primary_metric", f"primary_metric ({rule})"
+        looks = f"look number {report['sets'][set]['looks']} at test"
+        note = note or (looks if set == "test" else "test was not opened")
     return _bounded(name, rule, told, bound, note, most, rows)
 
 
@@ -246,12 +249,12 @@ def _golden(settings, report: dict) -> Gate:
     limit, before = settings.gates.critical_failures, last_released(settings, report["run_id"])
     note, judged = "no other run was released yet", _judged(settings, report, "golden")
     rows = {who: report["failed_rows"]["golden"][who]["critical"] for who in judged}
-    told = {who: (len(ids), f"{len(ids)} of {judged[who]['metrics']['exact_match']['n']} rows") for who, ids in rows.items()}
+    told = {who: (len(ids), f"{len(ids)} of {report['sets']['golden']['n']} rows") for who, ids in rows.items()}
     if before:
         try:
             diff = golden_diff(settings, report["run_id"], before).items()
-            told_diff = [f"{len(ids)} {what} ({', '.join(ids) or 'none'})" for what, ids in diff]
-            note = f"against released run {before['run_id']}: {', '.join(told_diff)}"
+            changes = ", ".join(f"{len(ids)} {what} ({', '.join(ids) or 'none'})" for what, ids in diff)
+            note = f"against released run {before['run_id']}: {changes}"
         except SlmError as error:
             note = str(error)
     rule = f"critical failures on golden {'<=' if limit else '=='} {limit}"
@@ -260,17 +263,19 @@ def _golden(settings, report: dict) -> Gate:
 
 def _running(settings, report: dict) -> list[Gate]:
     """Latency and cost of the file that ships, where 08 timed it; else of the adapter, which the note says."""
-    target, most, money = settings.task.target_latency_ms / 1000, settings.task.target_cost_per_1k, settings.cost.currency
-    timed = {who: r for who, r in _judged(settings, report, "dev").items() if r["latency_p95_s"] is not None}
-    timed = dict([*timed.items()][-1:])
-    note = "the adapter; 08 times the exported files" if NAME in timed else "the file that ships"
-    waits = {who: (r["latency_p95_s"], f"{r['latency_p95_s']:.2f} s") for who, r in timed.items()}
-    prices = {who: cost_per_1k(settings, Result.model_validate(r)) for who, r in timed.items()}
+    target, most = settings.task.target_latency_ms / 1000, settings.task.target_cost_per_1k
+    money, rate = settings.cost.currency, settings.cost.serving_hourly_rate
+    timed = [(who, Result.model_validate(r)) for who, r in _judged(settings, report, "dev").items()]
+    timed = [(who, r) for who, r in timed if r.latency_p95_s is not None][-1:]
+    prices = {who: cost_per_1k(settings, r) for who, r in timed}
+    waits = {who: (r.latency_p95_s, f"{r.latency_p95_s:.2f} s") for who, r in timed}
     costs = {who: (price, f"{price:.4f} {money}") for who, price in prices.items() if price is not None}
+    note = "the adapter; 08 times the exported files" if NAME in waits else "the file that ships"
+    said = note if rate is None else f"{note}; cost.serving_hourly_rate is {rate:g} {money}"
     ask = "say what the machine that answers costs: cost.serving_hourly_rate in project.yaml, 0 if nothing more"
     return [
         _bounded("latency", f"p95 <= {target:g} s", waits, target, note),
-        _bounded("cost", f"<= {most:g} {money} per 1,000 requests", costs, most, note if costs else ask),
+        _bounded("cost", f"<= {most:g} {money} per 1,000 requests", costs, most, said if costs else ask),
     ]
 
 
@@ -287,16 +292,17 @@ def _safety(report: dict) -> Gate:
 def _papers(settings, report: dict) -> list[Gate]:
     run_id, version = report["run_id"], report["dataset_version"]
     file, card = report_file(settings, run_id), settings.path(f"outputs/eval_reports/{run_id}/model_card.md")
-    review, written = (registry.latest(settings, "runs", stage=stage, run_id=run_id) for stage in ("review", "evaluate"))
+    review, written = (registry.latest(settings, "runs", stage=s, run_id=run_id) for s in ("review", "evaluate"))
     now = registry.file_hash(file) if file.is_file() else ""
-    problem = "the report was edited by hand; run 06_evaluate again" if written and now not in written["artefacts"].values() else ""
+    forged = written and now not in written["artefacts"].values()
+    problem = "the report was edited by hand; run 06_evaluate again" if forged else ""
     if not review or review["report"] != now:
         problem = "the report changed after its review" if review else "`python -m slm review <run> --by NAME`"
     known = bool(version) and registry.latest(settings, "datasets", version=version) is not None
-    return [
-        _gate("eval_report_reviewed", "eval report reviewed", not problem, "no" if problem else f"by {review['reviewer']}", problem),
-        _gate("model_card_written", "model card written", card.is_file(), "yes" if card.is_file() else "no",
-              "" if card.is_file() else "08_export writes it"),
-        _gate("dataset_version_recorded", "dataset version recorded", known, version or "no",
-              "" if known else "not in registry/datasets.jsonl; 04_curate records it"),
-    ]  # fmt: skip
+    lost = f"version {version or '(none)'} is not in registry/datasets.jsonl; 04_curate records it"
+    papers = (
+        ("eval report reviewed", not problem, f"by {review['reviewer']}" if review else "", problem),
+        ("model card written", card.is_file(), "yes", "08_export writes it"),
+        ("dataset version recorded", known, version, lost),
+    )
+    return [_gate(r.replace(" ", "_"), r, ok, yes if ok else "no", "" if ok else no) for r, ok, yes, no in papers]

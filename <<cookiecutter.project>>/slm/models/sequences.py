@@ -4,7 +4,6 @@ import codecs
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 BATCH, UBATCH, CELLS = 2048, 512, 256  # tokens handed over at once, computed at once; memory is taken in such steps
 LAST_N = 64  # generated tokens that the repeat penalty looks back on, as llama-cpp-python does
@@ -21,7 +20,6 @@ class Job:
     sampler: object = None
     tokens: list[int] = field(default_factory=list)
     found: list[tuple[bytes, float]] = field(default_factory=list)
-    feed: list[int] = field(default_factory=list)
     past: int = 0
     finish: str = ""
     begin: float = 0.0
@@ -61,38 +59,39 @@ class Sequences:
         lone = len(jobs) == 1
         self._make(0 if lone else min(self._slots, len(jobs)), max(len(job.ids) + job.limit for job in jobs))
         prefix, self._held = self._keep(jobs[0].ids[: -1 if lone else shared]), []
-        for start in range(prefix, shared, BATCH):
-            self._decode([(0, start, jobs[0].ids[start : min(shared, start + BATCH)], False)])
+        self._read(0, prefix, jobs[0].ids[prefix:shared], wanted=False)
         self._held = jobs[0].ids[: prefix if lone else shared]
         free, active = [0] if lone else list(range(self._size[0], 0, -1)), {}
         queue = sorted(jobs, key=lambda job: len(job.ids))
         while queue or active:
-            while queue and free:
+            while queue and free:  # a prompt is read by itself: mixed with others' next tokens it would be cut in two
                 slot, job = free.pop(), queue.pop()
+                job.begin, job.past, active[slot] = time.perf_counter(), len(job.ids), job
                 if slot:
                     self._copy(0, slot)
-                job.past = len(self._held)
-                job.feed, job.begin, active[slot] = job.ids[job.past :], time.perf_counter(), job
-            share, parts = BATCH // len(active), []
-            for slot, job in sorted(active.items()):  # neighbours are computed in one go
-                parts.append((slot, job.past, job.feed[:share], len(job.feed) <= share))
-            rows, ends = iter(self._decode(parts)), accumulate(len(part[2]) for part in parts)
-            for (slot, _, fed, last), end in zip(parts, ends, strict=True):
-                job = active[slot]
-                job.past, job.feed = job.past + len(fed), job.feed[share:]
-                if last:
-                    self._step(job, next(rows), end - 1)
-                if job.finish:
-                    job.seconds = time.perf_counter() - job.begin
-                    free.append(slot)
-                    del active[slot]
-                    on_done()
+                self._step(job, *self._read(slot, len(self._held), job.ids[len(self._held) :]))
+                self._leave(active, free, on_done)
             while active and not queue and (top := max(active)) > (hole := min(free, default=top)):
-                self._copy(top, hole)  # the last ones move together
+                self._copy(top, hole)  # neighbours are computed in one go: the last ones move together
                 active[hole] = active.pop(top)
                 free[free.index(hole)] = top
+            if active:
+                parts = sorted(active.items())
+                logits = self._decode([(slot, job.past, job.tokens[-1], True) for slot, job in parts])
+                for place, (_, job) in enumerate(parts):
+                    job.past += 1
+                    self._step(job, logits[place], place)
+                self._leave(active, free, on_done)
         if lone:
             self._held = (jobs[0].ids + jobs[0].tokens)[: jobs[0].past]
+
+    @staticmethod
+    def _leave(active: dict[int, Job], free: list[int], on_done: Callable[[], None]) -> None:
+        for slot in [slot for slot, job in active.items() if job.finish]:
+            job = active.pop(slot)
+            job.seconds = time.perf_counter() - job.begin
+            free.append(slot)
+            on_done()
 
     def _make(self, slots: int, cells: int) -> None:
         if slots <= self._size[0] and cells <= self._size[1] and self._context:
@@ -121,21 +120,26 @@ class Sequences:
         self._api.llama_memory_seq_rm(self._context.memory, target, -1, -1)
         self._api.llama_memory_seq_cp(self._context.memory, source, target, -1, -1)
 
-    def _decode(self, parts: list[tuple[int, int, list[int], bool]]):
-        """Compute (sequence, position, tokens, whether its last logits are wanted); returns those, (wanted, vocabulary)."""
+    def _read(self, slot: int, past: int, tokens: list[int], wanted: bool = True):
+        """Read part of a prompt into a sequence; returns the logits of its last token and that one's place in the batch."""
+        for start in range(0, len(tokens), BATCH):
+            part = list(enumerate(tokens[start : start + BATCH], past + start))
+            last = wanted and start + BATCH >= len(tokens)
+            logits = self._decode([(slot, place, token, last and n == len(part)) for n, (place, token) in enumerate(part, 1)])
+        return (logits[0], len(part) - 1) if wanted else None
+
+    def _decode(self, parts: list[tuple[int, int, int, bool]]):
+        """Compute (sequence, position, token, whether its logits are wanted); returns those, (wanted, vocabulary)."""
         import numpy as np
 
-        batch, n = self._batch.batch, 0
-        for slot, past, tokens, wanted in parts:
-            for place, token in enumerate(tokens, past):
-                batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.logits[n] = token, place, 1, 0
-                batch.seq_id[n][0] = slot
-                n += 1
-            batch.logits[n - 1] = wanted
-        batch.n_tokens = n
+        batch = self._batch.batch
+        for n, (slot, place, token, wanted) in enumerate(parts):
+            batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.logits[n] = token, place, 1, wanted
+            batch.seq_id[n][0] = slot
+        batch.n_tokens = len(parts)
         self._context.decode(self._batch)
-        wanted = sum(part[3] for part in parts), self._llama.n_vocab()
-        return np.ctypeslib.as_array(self._context.get_logits(), wanted) if wanted[0] else ()
+        shape = sum(part[3] for part in parts), self._llama.n_vocab()
+        return np.ctypeslib.as_array(self._context.get_logits(), shape) if shape[0] else None
 
     def _step(self, job: Job, logits, place: int) -> None:
         """Choose the next token of a job from its logits, those of token `place` of the batch."""
@@ -152,7 +156,6 @@ class Sequences:
         log = float(logits[token]) - top - float(np.log(np.exp(logits - top).sum()))
         job.tokens.append(token)
         job.found.append((self._texts[token], log))
-        job.feed = [token]
         if job.stop and any(s in b"".join(piece for piece, _ in job.found) for s in job.stop):
             job.finish = "stop"
         elif len(job.tokens) >= job.limit:

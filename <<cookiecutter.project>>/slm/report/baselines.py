@@ -51,7 +51,7 @@ def fields(results: Sequence[Result]) -> list[dict]:
 
 
 def eval_plan(settings, contract: Contract, sets: dict[str, list[Row]], results: Sequence[Result] = ()) -> Path:
-    """Write specs/eval_plan.md: metric, target, intervals, what n can show, and who may look at what. The registry keeps
+    """Write specs/eval_plan.md: metric, target, intervals, what n can show, who may look at what. The registry keeps
     what was stated, and when."""
     own, name = settings.evaluate, contract.primary_metric
     best = sorted((r for r in results if r.ran), key=lambda r: -r.metrics[name].value)[:2]

@@ -10,9 +10,10 @@ from slm.report.render import fill
 
 
 def render(settings, a: str, b: str) -> str:
-    """Run `b` minus run `a` as Markdown. Raises SlmError when a run was not evaluated, or when contract, set or rows are
-    not the same in both."""
-    reports, found = [load_report(settings, run) for run in (a, b)], [by_set(load_candidate(settings, run)) for run in (a, b)]
+    """Run `b` minus run `a` as Markdown. Raises SlmError when a run was not evaluated, or when contract, set or rows
+    are not the same in both."""
+    reports = [load_report(settings, run) for run in (a, b)]
+    found = [by_set([r for r in load_candidate(settings, run) if r.ran]) for run in (a, b)]
     contracts = [report["contract"] for report in reports]
     if contracts[0]["hash"] != contracts[1]["hash"] or contracts[0]["primary_metric"] != contracts[1]["primary_metric"]:
         was, now = (f"{c['hash']} ({c['primary_metric']})" for c in contracts)
@@ -38,8 +39,9 @@ def render(settings, a: str, b: str) -> str:
     if not lines:
         raise SlmError(f"runs {a} and {b} share no model on any set; run 06_evaluate for both.")
     facts = [
-        {"run": run, "base": r["model"]["base"], "profile": r["profile"], "dataset version": r["dataset_version"] or "not recorded",
-         "settings": r["settings"], "verdict": r["verdict"]} for run, r in zip((a, b), reports, strict=True)
+        {"run": run, "base": r["model"]["base"], "profile": r["profile"], "settings": r["settings"],
+         "dataset version": r["dataset_version"] or "not recorded", "verdict": r["verdict"]}
+        for run, r in zip((a, b), reports, strict=True)
     ]  # fmt: skip
     waits = [one["dev"][NAME].model_copy(update={"name": run}) for run, one in zip((a, b), found, strict=True)]
     return fill(

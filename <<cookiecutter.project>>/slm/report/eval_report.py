@@ -38,7 +38,8 @@ def build(
     keys = ("base", "prompted_base", NAME, "larger")
     four = {line: shown.get(key, absent) for line, key in zip(LINES[:4], keys, strict=True)}
     best = strongest(compared[headline], tables.BASELINES)
-    pair, warned = compared[headline][best], [f"{tables.title(r.name)} on {r.set}: {w}" for r in candidate for w in r.warnings]
+    pair = compared[headline][best]
+    warned = [f"{tables.title(r.name)} on {r.set}: {w}" for r in candidate for w in r.warnings]
     if contract.task_type == "rewriting" and settings.evaluate.judge.url:
         pair.preference = prefer(settings, contract, sets[headline], mine.scores, shown[best].scores)
         warned += pair.preference.warnings
@@ -79,7 +80,9 @@ def build(
             } for set in compared if CONSTRAINED in found[set]
         },
         "not_run": not_run(settings, contract, found, compared), "failures": failed,
-        "failed_rows": {s: {r.name: failed_rows(r.scores, contract) for r in candidate if r.set == s} for s in compared},
+        "failed_rows": {
+            set: {r.name: failed_rows(r.scores, contract) for r in candidate if r.set == set} for set in compared
+        },
     }  # fmt: skip
     report["gates"] = [gate.model_dump() for gate in gates(settings, report)]
     return report
@@ -105,7 +108,7 @@ def count(looks: Sequence[dict], set: str) -> int:
 
 def failures(result: Result, rows: Sequence[Row], contract: Contract) -> list[dict]:
     """The rows that a model got wrong, the worst first: critical ones, then by score. Of test rows only the ids."""
-    graded = contract.task_type in ("rewriting", "qa", "review", "planning")  # an equal answer is not the only right one
+    graded = contract.task_type in ("rewriting", "qa", "review", "planning")  # more than one right answer
     wrong = [
         (s, row) for s, row in zip(result.scores, rows, strict=True)
         if not s.critical_ok or (s.value < 1 if graded else not s.exact)
@@ -114,9 +117,9 @@ def failures(result: Result, rows: Sequence[Row], contract: Contract) -> list[di
         {"set": result.set, "row_id": s.row_id, "kind": row.meta.kind, "critical": not s.critical_ok} | (
             {} if result.set == "test" else {
                 "user": row.user, "expected": s.expected, "given": s.parsed or s.lenient_parsed, "text": s.text,
-                "value": s.value, "explanation": s.explanation, "wrong": [n for n, right in s.fields.items() if not right],
+                "value": s.value, "explanation": s.explanation, "wrong": [n for n, ok in s.fields.items() if not ok],
             }
-        ) for s, row in sorted(wrong, key=lambda pair: (pair[0].critical_ok, pair[0].value, sum(pair[0].fields.values())))
+        ) for s, row in sorted(wrong, key=lambda w: (w[0].critical_ok, w[0].value, sum(w[0].fields.values())))
     ]  # fmt: skip
 
 
@@ -133,7 +136,8 @@ def gap(shown: dict[str, Result], contract: Contract, settings) -> dict:
     """The share of the way from the base to the larger model that the fine-tune has gone, or why it is unknown."""
     missing = [f"{tables.title(k)} not run" for k in ("base", "larger") if k not in shown or not shown[k].ran]
     found = None if missing else gap_closed(shown[NAME], shown["base"], shown["larger"], contract, settings)
-    return found.model_dump() if found else {"not_run": "; ".join(missing) or "the larger model is not shown to be better than the base"}
+    why = "; ".join(missing) or "the larger model is not shown to be better than the base"
+    return found.model_dump() if found else {"not_run": why}
 
 
 def seeds_line(settings, mine: Result) -> dict:
@@ -151,16 +155,16 @@ def not_run(settings, contract: Contract, found: dict[str, dict[str, Result]], c
     reasons = {f"{tables.title(r.name)} on {r.set}": r.reason for s in compared for r in found[s].values() if not r.ran}
     absent = {
         "base with retrieval": "rag" not in shown and (
-            "02_baseline left it out" if settings.task.needs_knowledge else "the task needs no knowledge from documents"),
+            "02_baseline left it out" if settings.task.needs_knowledge else "the task needs no documents"),
         "classical model": "classical" not in shown and "no labelled field, or 02_baseline left it out",
         "constrained decoding": CONSTRAINED not in shown and (
             "06_evaluate left it out" if own.constrained else "evaluate.constrained is off"),
-        "exported files": not any(key in shown for key in tables.FILES) and "08_export has not scored any in this report",
+        "exported files": not any(key in shown for key in tables.FILES) and "08_export has not scored any of them",
         "test set": "test" not in compared and "not opened; evaluate.final_test opens it, once",
         "calibration": not mine.calibration and (
             "the answers carry no token probabilities" if contract.label_field else "the contract has no label"),
-        "rubric and preference": contract.task_type == "rewriting" and not own.judge.url and "evaluate.judge is not set",
-        "cost": not mine.cost_per_1k_requests and "no rates in the section `cost` of project.yaml",
+        "rubric and preference": contract.task_type == "rewriting" and not own.judge.url and "no evaluate.judge is set",
+        "cost": mine.cost_per_1k_requests is None and "no rates in the section `cost` of project.yaml",
         "memory": mine.memory_mb is None and "not measured for this model",
         "time to first token": mine.first_token_s is None and "not measured for this model",
     }  # fmt: skip

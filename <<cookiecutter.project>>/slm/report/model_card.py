@@ -64,7 +64,8 @@ def _shown(contract: Contract, mine: dict) -> list[str]:
 
 
 def _body(settings, contract: Contract, report: dict, train: dict | None, export: dict | None) -> str:
-    run_id, version, head, results = report["run_id"], report["dataset_version"], report["headline_set"], report["results"]
+    run_id, version, head = report["run_id"], report["dataset_version"], report["headline_set"]
+    name, results = contract.primary_metric, report["results"]
     brief = {key: contract.brief.get(key, "").strip() for key in ("goal", "inputs", "non_goals", "deployment_target")}
     dataset, mine = registry.latest(settings, "datasets", version=version) if version else None, results[head][NAME]
     runs = [
@@ -74,7 +75,7 @@ def _body(settings, contract: Contract, report: dict, train: dict | None, export
     ][-12:]  # fmt: skip
     open_gates = [g for g in failures(check(settings, run_id)) if g.name != "model_card_written"]
     others = [
-        f"{tables.title(k)} {tables.metric(results[head][k]['metrics'][contract.primary_metric])}" for k in tables.TITLES
+        f"{tables.title(k)} {tables.metric(results[head][k]['metrics'][name])}" for k in tables.TITLES
         if k in results[head] and k not in ORDER and not results[head][k]["reason"]
     ]  # fmt: skip
     weak = [

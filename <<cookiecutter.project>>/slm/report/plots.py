@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slm.evaluate.metrics import Metric, Result
-from slm.report.tables import FILES, shorten, title
+from slm.report.tables import FILES, title
 
 BLUE, GREY = "#2b6cb0", "#a0aec0"
 
@@ -21,8 +21,13 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
+def _middle(label: str, length: int) -> str:
+    """A label of at most `length` characters; long ones often differ at their end, so the middle is left out."""
+    return label if len(label) <= length else f"{label[: length // 2]}…{label[1 + length // 2 - length :]}"
+
+
 def _bars(axes, names: list[str], metrics: Sequence[Metric], colors: list[str]) -> None:
-    reach = [[m.value - m.low for m in metrics], [m.high - m.value for m in metrics]]
+    reach = [[max(0, m.value - m.low) for m in metrics], [max(0, m.high - m.value) for m in metrics]]
     ends = {"capsize": 3, "lw": 1, "ecolor": "#2d3748"}
     axes.barh(range(len(names)), [m.value for m in metrics], color=colors, xerr=reach, error_kw=ends)
     axes.set_yticks(range(len(names)), names)
@@ -42,7 +47,8 @@ def models_bar(results: Sequence[Result], name: str, path: Path, target: float |
     figure = _figure(7.5, 1.5 + 0.42 * len(ran))
     axes = figure.add_subplot()
     own = [r.name.startswith("fine_tuned") or r.name in FILES for r in ran]
-    _bars(axes, [shorten(title(r.name), 34) for r in ran], [r.metrics[name] for r in ran], [BLUE if o else GREY for o in own])
+    names, colors = [_middle(title(r.name), 34) for r in ran], [BLUE if o else GREY for o in own]
+    _bars(axes, names, [r.metrics[name] for r in ran], colors)
     held = [bar for bar, r in zip(axes.patches, ran, strict=True) if r.constrained]
     for bar in held:
         bar.set(hatch="///", edgecolor="white")
@@ -52,7 +58,8 @@ def models_bar(results: Sequence[Result], name: str, path: Path, target: float |
         axes.axvline(target, color="#c53030", ls="--", lw=1, label=f"target {target:g}")
     if axes.get_legend_handles_labels()[1]:
         figure.legend(loc="outside lower right", ncols=2, fontsize=8, frameon=False)
-    axes.set(xlabel=f"{name} (mean over rows, 0 to 1; lines: interval)", ylabel="model")
+    axes.set_xlabel(f"{name} (mean over rows, 0 to 1; lines: interval)", fontsize=9)
+    axes.set_ylabel("model", fontsize=9)
     axes.margins(y=0.02)
     axes.set_title(f"{name} on {ran[0].set}, n = {len(ran[0].scores)}" if ran else name, fontsize=11)
     return _save(figure, path)
@@ -66,12 +73,12 @@ def slices(result: Result, name: str, path: Path) -> Path:
     panels = figure.subplots(len(keys), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
     for axes, key in zip(panels, keys, strict=True):
         found = result.slices[key]
-        names = [f"{shorten(n, 24)} (n={m.n})" for n, m in found.items()]
+        names = [f"{_middle(n, 26)} (n={m.n})" for n, m in found.items()]
         _bars(axes, names, list(found.values()), [BLUE] * len(found))
         axes.set_ylabel(key, fontsize=9)
         axes.tick_params(labelsize=8)
     figure.align_ylabels()
-    panels[-1].set_xlabel(f"{name} (mean over rows, 0 to 1; lines: interval)")
+    panels[-1].set_xlabel(f"{name} (mean over rows, 0 to 1; lines: interval)", fontsize=9)
     figure.suptitle(f"{title(result.name)} on {result.set}: {name} by slice", fontsize=11)
     return _save(figure, path)
 
@@ -83,7 +90,7 @@ def confusion(result: Result, path: Path) -> Path:
     figure = _figure(size + 0.6, size)
     axes = figure.add_subplot()
     image = axes.imshow(counts, cmap="Blues", vmin=0)
-    short = [shorten(n, 20) for n in names]
+    short = [_middle(n, 22) for n in names]
     axes.set_xticks(range(len(names)), short, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(names)), short, fontsize=8)
     top = max(map(max, counts)) or 1
@@ -93,7 +100,7 @@ def confusion(result: Result, path: Path) -> Path:
             axes.text(j, i, count or "", ha="center", va="center", fontsize=8, color=color)
     axes.set_xlabel("given label")
     axes.set_ylabel("expected label")
-    axes.set_title(f"{title(result.name)} on {result.set}, number of rows", fontsize=10)
+    axes.set_title(f"{title(result.name)}\non {result.set}, number of rows", fontsize=10)
     figure.colorbar(image, ax=axes, label="rows", shrink=0.7)
     return _save(figure, path)
 
@@ -105,9 +112,10 @@ def reliability(result: Result, path: Path) -> Path:
     figure = _figure(5.4, 5.6)
     top, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     middle, width = [(b["low"] + b["high"]) / 2 for b in bins], [0.9 * (b["high"] - b["low"]) for b in bins]
+    sure, right = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
     top.plot([0, 1], [0, 1], color="#2d3748", ls="--", lw=1, label="perfectly calibrated")
-    top.bar(middle, [b["accuracy"] for b in bins], width, color=GREY, label="share right in the bin")
-    top.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o", color=BLUE, label="at its mean confidence")
+    top.bar(middle, right, width, color=GREY, label="share right in the bin")
+    top.plot(sure, right, "o", color=BLUE, label="at its mean confidence")
     top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share of right labels (0 to 1)")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     for bar in below.bar(middle, [b["n"] for b in bins], width, color=BLUE):

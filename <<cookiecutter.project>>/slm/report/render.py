@@ -53,7 +53,7 @@ def render(settings, contract: Contract, report: dict, found: dict, pictures: di
 
     head, own = report["headline_set"], [Gate.model_validate(gate) for gate in report["gates"]]
     left = sum(g.status != "pass" for g in own)
-    cheap = report["strongest_cheap"]
+    cheap, seen = report["strongest_cheap"], report["sets"]
     measured = {set: by_name[NAME]["metrics"] for set, by_name in report["results"].items()}
     names = dict.fromkeys(n for metrics in measured.values() for n in metrics if not n.startswith("field."))
     return fill(
@@ -66,7 +66,7 @@ def render(settings, contract: Contract, report: dict, found: dict, pictures: di
         judged=report["comparisons"][head][report["strongest"]]["preference"],
         shown=[f for f in report["failures"] if f["set"] != "test"][:WORST],
         hidden=[f["row_id"] for f in report["failures"] if f["set"] == "test"],
-        sets=[{"set": n, "rows": s["n"], "hash": s["hash"][:12], "looks": s["looks"]} for n, s in report["sets"].items()],
+        sets=[{"set": n, "rows": s["n"], "hash": s["hash"][:12], "looks": s["looks"]} for n, s in seen.items()],
         pictures={title: path.name for title, path in pictures.items()},
     )  # fmt: skip
 
@@ -85,10 +85,11 @@ def nine(report: dict, settings) -> list[dict]:
     for key in LINES[:4]:
         cells[key] = f"not run: {lines[key]['not_run']}" if "not_run" in lines[key] else tables.metric(lines[key])
     wait, speed, cost = lines["latency"], lines["tokens_per_second"], lines["cost_per_1k_requests"]
-    waits = ", ".join(f"{p} {tables.seconds(wait[f'{p}_s'])}" for p in ("p50", "p95", "p99") if wait[f"{p}_s"] is not None)
+    waits = ", ".join(f"{p[:3]} {tables.seconds(w)}" for p, w in wait.items() if w is not None)
     cells["latency"] = f"{waits}, one request at a time" if waits else "not measured"
     cells["tokens_per_second"] = f"{speed:.1f}" if speed else "-"
-    cells["cost_per_1k_requests"] = f"{cost:.4f} {settings.cost.currency}" if cost else "no rates set in project.yaml"
+    money = "no rates set in project.yaml" if cost is None else f"{cost:.4f} {settings.cost.currency}"
+    cells["cost_per_1k_requests"] = money
     cells["schema_error_rate"] = tables.metric(lines["schema_error_rate"])
     cells["failure_examples"] = f"{len(lines['failure_examples'])} shown below"
     return [{"line": key, f"on {report['headline_set']}": value} for key, value in cells.items()]

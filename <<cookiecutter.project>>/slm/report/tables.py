@@ -28,7 +28,7 @@ def title(name: str) -> str:
 
 
 def markdown(records: Sequence[dict]) -> str:
-    """Records with the same keys as a Markdown table: cells never break it, load no picture, and numbers stand right."""
+    """Records with the same keys as a Markdown table; no cell breaks it or loads a picture, numbers stand right."""
     if not records:
         return "(none)\n"
     names = list(records[0])
@@ -52,7 +52,9 @@ def metric(found: Metric | dict | None) -> str:
         return "-"
     if isinstance(found, Metric):
         return str(found)
-    return f"not run: {found['not_run']}" if "not_run" in found else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
+    if "not_run" in found:
+        return f"not run: {found['not_run']}"
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
 
 
 def sets(found: dict[str, list[Row]], locked: dict[str, str]) -> list[dict]:
@@ -77,7 +79,7 @@ def results(found: Sequence[Result], names: Sequence[str]) -> list[dict]:
             names[0]: cells[names[0]], "n": str(len(r.scores)) if r.ran else "-",
             "latency p50 / p95 / p99 (ms)": " / ".join(waits) if any(w != "-" for w in waits) else "-",
             "first token (ms)": number(r.first_token_s, 1000), "tokens/s": number(r.tokens_per_second),
-            "memory (MB)": number(r.memory_mb), "cost per 1,000": f"{cost:.4f}" if cost else "-",
+            "memory (MB)": number(r.memory_mb), "cost per 1,000": "-" if cost is None else f"{cost:.4f}",
             "error rate": metric(r.metrics.get("error_rate")), **cells, "note": r.reason and f"not run: {r.reason}",
         })  # fmt: skip
     return [{k: v for k, v in line.items() if any(one[k] not in ("", "-") for one in lines)} for line in lines]
@@ -89,7 +91,8 @@ def comparisons(found: dict[str, dict]) -> list[dict]:
         {
             "against": title(name),
             "difference": "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**c["difference"]),
-            "McNemar p": f"{c['mcnemar_p']:.4f}" if c["mcnemar_p"] >= 1e-4 else "<0.0001", "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
+            "McNemar p": f"{c['mcnemar_p']:.4f}" if c["mcnemar_p"] >= 1e-4 else "<0.0001",
+            "rows fixed": len(c["fixed"]), "rows broken": len(c["broken"]),
             "n": c["difference"]["n"], "verdict": c["verdict"],
         }
         for name, c in found.items()
@@ -100,7 +103,7 @@ def gates(found: Sequence[Gate]) -> list[dict]:
     """One line per release gate; of the rows that count against it the first ten."""
     return [
         {
-            "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.note,
+            "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.comment,
             "rows": ", ".join(g.rows[:10]) + (f" and {len(g.rows) - 10} more" if len(g.rows) > 10 else ""),
         } for g in found
     ]  # fmt: skip
@@ -126,7 +129,7 @@ def side_by_side(failure: dict) -> list[dict]:
         return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 400)
 
     return [
-        {"": "✗" if n in failure["wrong"] else "", "field": n, "expected": cell(want.get(n)), "given": cell(given.get(n))}
+        {"": "✗" * (n in failure["wrong"]), "field": n, "expected": cell(want.get(n)), "given": cell(given.get(n))}
         for n in dict.fromkeys([*want, *got])
     ]
 
