@@ -22,7 +22,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. `latency_s` is the time its caller waited, the whole batch's when it was answered in one."""
+    """What came back. `latency_s` is the time its caller waited; among others its time in the batch or slot, which
+    is no lone caller's (see `alone`). The log probabilities are the model's own, before penalty and schema."""
 
     text: str
     latency_s: float

@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint, with or without an adapter, decoding greedily in batches of like length."""
 
-import copy
 import time
 from pathlib import Path
 
@@ -9,11 +8,11 @@ from tqdm.auto import tqdm
 from slm.errors import SlmError
 from slm.models.base import Answer, Prompt, common_prefix, resident_mb
 
-FOLDS = {"llama", "mistral", "phi3", "qwen2", "qwen3"}  # families whose attention is the plain one; others go the usual way
+FOLDS = {"llama", "mistral", "phi3", "qwen2", "qwen3"}  # families with plain attention; others go the usual way
 
 
 class HFModel:
-    """`folder` with `adapter` merged over it, in bfloat16, on the GPU when there is one. `weights` is the folder's hash."""
+    """`folder` with `adapter` merged over it, in bfloat16, on the GPU if there is one. `weights`: the folder's hash."""
 
     def __init__(self, folder: Path, weights: str, adapter: Path | None = None, batch_size: int = 16):
         import torch
@@ -72,15 +71,17 @@ class HFModel:
 
         ids = [self.tokenizer(self.render(p.messages), add_special_tokens=False)["input_ids"] for p in prompts]
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        shared, answers = common_prefix(ids), {}
+        # Padding between prefix and rest would shift a sliding window: other families read each prompt whole.
+        shared, answers = common_prefix(ids) if self._folds else 0, {}
         with torch.inference_mode(), tqdm(total=len(ids), desc=self.name, leave=False, mininterval=1) as bar:
             prefix = self._cache()
             if shared:
-                self.model(torch.tensor([ids[0][:shared]], device=self.model.device), past_key_values=prefix, logits_to_keep=1)
+                start = torch.tensor([ids[0][:shared]], device=self.model.device)
+                self.model(start, past_key_values=prefix, logits_to_keep=1)
             for start in range(0, len(order), self._batch):
                 picked = order[start : start + self._batch]
-                done = self._decode([prompts[i] for i in picked], [ids[i] for i in picked], prefix, shared, len(ids) == 1)
-                answers |= zip(picked, done, strict=True)
+                batch = [prompts[i] for i in picked], [ids[i] for i in picked]
+                answers |= zip(picked, self._decode(*batch, prefix, shared, len(ids) == 1), strict=True)
                 bar.update(len(picked))
         if prompts and self.memory_mb is None:
             gpu = self.model.device.type == "cuda"
@@ -88,28 +89,24 @@ class HFModel:
         return [answers[i] for i in range(len(ids))]
 
     def _decode(self, prompts: list[Prompt], ids: list[list[int]], prefix, shared: int, lone: bool) -> list[Answer]:
-        """Greedy answers to prompts whose first `shared` tokens lie in `prefix`, the rest padded on its left. Rows that are
-        done leave the batch once they are a quarter of it."""
+        """Greedy answers to prompts whose first `shared` tokens lie in `prefix`, the rest padded on its left. Rows
+        that are done leave the batch once they are a quarter of it."""
         import torch
 
         begin, first, device = time.perf_counter(), None, self.model.device
-        width = max(map(len, ids)) - shared
-        mask = torch.tensor([[0] * (width + shared - len(row)) + [1] * (len(row) - shared) for row in ids], device=device)
-        tokens = torch.tensor([[0] * (width + shared - len(row)) + row[shared:] for row in ids], device=device)
+        width, own = max(map(len, ids)) - shared, [row[shared:] for row in ids]
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in own], device=device)
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in own], device=device)
         places = (shared + mask.cumsum(-1) - 1).clamp(min=0)
         cache, common = self._cache(), {}
         if self._folds:
-            common = {"shared": [(layer.keys, layer.values) for layer in prefix.layers] if shared else None}
-        elif shared:
-            cache = copy.deepcopy(prefix)
-            cache.batch_repeat_interleave(len(ids))
-            mask = torch.nn.functional.pad(mask, (shared, 0), value=1)
-        given, logs, seconds = [[] for _ in ids], [[] for _ in ids], [0.0] * len(ids)
+            common["shared"] = [(layer.keys, layer.values) for layer in prefix.layers] if shared else None
+        given, logs = [[] for _ in ids], [[] for _ in ids]
         matchers = [self._matcher(p.schema) if p.schema else None for p in prompts]
         rows, alive = list(range(len(ids))), set(range(len(ids)))  # the prompt of each row of the batch; those at work
         while True:
-            seen = mask if not self._folds else _causal(mask, tokens.shape[1])
-            out = self.model(tokens, attention_mask=seen, position_ids=places, past_key_values=cache, logits_to_keep=1, **common)
+            common["attention_mask"] = _causal(mask, tokens.shape[1]) if self._folds else mask
+            out = self.model(tokens, position_ids=places, past_key_values=cache, logits_to_keep=1, **common)
             logits = out.logits[:, -1].float()
             total = logits.logsumexp(-1)
             allowed = self._bound(logits, [matchers[i] if i in alive else None for i in rows])
@@ -125,7 +122,6 @@ class HFModel:
                     matchers[i].consume_token(token)
                 if token in self._ends or len(given[i]) >= prompts[i].max_tokens:
                     alive.remove(i)
-                    seconds[i] = time.perf_counter() - begin
             if not alive:
                 break
             if 4 * len(alive) <= 3 * len(rows):
@@ -135,15 +131,15 @@ class HFModel:
                 best, mask, places = best[at], mask[at], places[at]
             tokens, places = best, places[:, -1:] + 1
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        done = zip(ids, given, logs, seconds, strict=True)
-        return [self._answer(len(row), *rest, first if lone else None) for row, *rest in done]
+        times = time.perf_counter() - begin, first if lone else None
+        return [self._answer(len(row), *rest, *times) for row, *rest in zip(ids, given, logs, strict=True)]
 
     def _cache(self):
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
 
-    def _answer(self, prompt_tokens: int, tokens: list[int], logs: list[float], seconds: float, first) -> Answer:
+    def _answer(self, prompt_tokens: int, tokens: list[int], logs: list[float], seconds, first) -> Answer:
         stopped = tokens[-1] in self._ends
         tokens = tokens[:-1] if stopped else tokens
         pieces, text = [], ""
@@ -166,7 +162,8 @@ class HFModel:
         form = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
         matcher = LLMatcher(self._guide, LLMatcher.grammar_from_json_schema(schema, defaults=form))
         if matcher.is_error():
-            raise SlmError(f"the output schema cannot be decoded by ({matcher.get_error()[:200]}); simplify task/contract.py.")
+            said = matcher.get_error()[:200]
+            raise SlmError(f"the output schema cannot hold an answer ({said}); simplify it in task/contract.py.")
         return matcher
 
     def _bound(self, logits, matchers: list):
@@ -185,18 +182,18 @@ class HFModel:
 
 
 def _causal(mask, width: int):
-    """(rows, 1, width, length) of what the last `width` tokens may look at, from a (rows, length) mask of real tokens."""
+    """What the last `width` tokens may look at, (rows, 1, width, length), from a (rows, length) mask of real tokens."""
     import torch
 
     length = mask.shape[1]
     at = torch.arange(length, device=mask.device)
     # A padding token looks at itself, so that nothing is divided by zero.
-    return ((at <= at[-width:, None]) & mask.bool()[:, None, None] | (at == at[-width:, None]))
+    return (at <= at[-width:, None]) & mask.bool()[:, None, None] | (at == at[-width:, None])
 
 
 def _folded(module, query, key, value, attention_mask, scaling, shared=None, **_):
-    """Attention in which neither the key heads of a group nor the `shared` prefix (per layer: keys and values of one row)
-    are copied for each query head and each row. One new token a row; more of them go the usual way."""
+    """Attention in which neither the key heads of a group nor the `shared` prefix (per layer: keys and values of one
+    row) are copied for each query head and each row. One new token a row; more of them go the usual way."""
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -206,7 +203,8 @@ def _folded(module, query, key, value, attention_mask, scaling, shared=None, **_
     if width > 1:
         keys = torch.cat([before.expand(rows, -1, -1, -1), key], 2)
         values = torch.cat([before_value.expand(rows, -1, -1, -1), value], 2)
-        mask = attention_mask if attention_mask is None else torch.nn.functional.pad(attention_mask, (length, 0), value=True)
+        mask = attention_mask
+        mask = mask if mask is None else torch.nn.functional.pad(mask, (length, 0), value=True)
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)
     groups, each = key.shape[1], heads // key.shape[1]
     own = query.view(rows, groups, each, size) * scaling

@@ -113,8 +113,8 @@ class LlamaCppModel:
         )  # fmt: skip
 
     def _grammar(self, schema: dict):
-        """The schema as a grammar and a sampler to clone. Raises SlmError where the runtime cannot read it: asked anyway,
-        it would crash."""
+        """The schema as a grammar, and a sampler to clone. Raises SlmError where the runtime cannot read it: asked
+        anyway, it would crash."""
         import llama_cpp
         from llama_cpp.llama_grammar import LlamaGrammar
 
@@ -123,7 +123,7 @@ class LlamaCppModel:
             grammar, vocabulary = LlamaGrammar.from_json_schema(text, verbose=False), self.llama._model.vocab
             sampler = llama_cpp.llama_sampler_init_grammar(vocabulary, grammar._grammar.encode(), b"root")
             if not sampler:
-                raise SlmError("the output schema cannot be turned into a grammar; simplify its `pattern` in task/contract.py.")
+                raise SlmError("the output schema makes no grammar; simplify its `pattern` in task/contract.py.")
             self._grammars[text] = grammar, sampler
         return self._grammars[text]
 

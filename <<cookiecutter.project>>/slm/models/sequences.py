@@ -1,9 +1,12 @@
-"""Many sequences decoded together in llama.cpp: what all prompts begin with is computed once, a free slot refilled at once."""
+"""Many sequences decoded together in llama.cpp: the shared start of all prompts computed once, a free slot refilled."""
 
 import codecs
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from slm.models.base import common_prefix
 
 BATCH, UBATCH, CELLS = 2048, 512, 256  # tokens handed over at once, computed at once; memory is taken in such steps
 LAST_N = 64  # generated tokens that the repeat penalty looks back on, as llama-cpp-python does
@@ -11,7 +14,7 @@ LAST_N = 64  # generated tokens that the repeat penalty looks back on, as llama-
 
 @dataclass
 class Job:
-    """A prompt in token ids and what becomes of it. `sampler` chooses instead of the greedy rule; `grammar` binds that."""
+    """A prompt in token ids and what becomes of it. `sampler` chooses instead of the greedy rule, `grammar` binds it."""
 
     ids: list[int]
     limit: int
@@ -58,7 +61,7 @@ class Sequences:
         """Answer the jobs, which begin with the same `shared` tokens; a lone one reuses what the last lone one left."""
         lone = len(jobs) == 1
         self._make(0 if lone else min(self._slots, len(jobs)), max(len(job.ids) + job.limit for job in jobs))
-        prefix, self._held = self._keep(jobs[0].ids[: -1 if lone else shared]), []
+        prefix, self._held = self._keep(jobs[0].ids if lone else jobs[0].ids[:shared]), []
         self._read(0, prefix, jobs[0].ids[prefix:shared], wanted=False)
         self._held = jobs[0].ids[: prefix if lone else shared]
         free, active = [0] if lone else list(range(self._size[0], 0, -1)), {}
@@ -108,10 +111,9 @@ class Sequences:
         self._size = slots, cells
 
     def _keep(self, tokens: list[int]) -> int:
-        """Cut sequence 0 down to what it has in common with `tokens`; returns how many that are."""
-        pairs = enumerate(zip(self._held, tokens, strict=False))
-        same = next((n for n, (a, b) in pairs if a != b), min(len(self._held), len(tokens)))
-        if not self._api.llama_memory_seq_rm(self._context.memory, 0, same, -1):  # a recurrent model forgets all or nothing
+        """Cut sequence 0 down to what it has in common with `tokens`, one less than all; returns how many that are."""
+        same = max(0, common_prefix([self._held, tokens]))
+        if not self._api.llama_memory_seq_rm(self._context.memory, 0, same, -1):  # a recurrent model: all or nothing
             self._api.llama_memory_seq_rm(self._context.memory, 0, -1, -1)
             same = 0
         return same
@@ -121,12 +123,12 @@ class Sequences:
         self._api.llama_memory_seq_cp(self._context.memory, source, target, -1, -1)
 
     def _read(self, slot: int, past: int, tokens: list[int], wanted: bool = True):
-        """Read part of a prompt into a sequence; returns the logits of its last token and that one's place in the batch."""
+        """Read part of a prompt into a sequence; returns the logits of its last token and its place in the batch."""
         for start in range(0, len(tokens), BATCH):
-            part = list(enumerate(tokens[start : start + BATCH], past + start))
-            last = wanted and start + BATCH >= len(tokens)
-            logits = self._decode([(slot, place, token, last and n == len(part)) for n, (place, token) in enumerate(part, 1)])
-        return (logits[0], len(part) - 1) if wanted else None
+            part = tokens[start : start + BATCH]
+            last = len(part) - 1 if wanted and start + BATCH >= len(tokens) else -1
+            logits = self._decode([(slot, past + start + n, token, n == last) for n, token in enumerate(part)])
+        return (logits[0], last) if wanted else None
 
     def _decode(self, parts: list[tuple[int, int, int, bool]]):
         """Compute (sequence, position, token, whether its logits are wanted); returns those, (wanted, vocabulary)."""
@@ -166,28 +168,19 @@ class Sequences:
         import numpy as np
 
         if self._penalty != 1.0 and job.tokens:
-            seen = list(set(job.tokens[-LAST_N:]))
-            logits = logits.copy()
+            seen, logits = list(set(job.tokens[-LAST_N:])), logits.copy()
             logits[seen] = np.where(logits[seen] <= 0, logits[seen] * self._penalty, logits[seen] / self._penalty)
         if not job.grammar:
             return int(logits.argmax())
         for most in (1, 64, len(logits)):  # the grammar is slow: it judges all tokens only where it refused the best
             ids = logits.argmax(keepdims=True) if most == 1 else np.argpartition(logits, -most)[-most:]
-            token = self._allowed(job.grammar, ids.astype(np.int32), logits[ids])
-            if token is not None:
+            table = np.zeros(most, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+            table["id"], table["logit"] = ids, logits[ids]
+            data = table.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
+            array = self._api.llama_token_data_array(data, most, -1, False)
+            self._api.llama_sampler_apply(job.grammar, ctypes.byref(array))
+            token, logit, _ = table[table["logit"].argmax()].tolist()
+            if np.isfinite(logit):
                 self._api.llama_sampler_accept(job.grammar, token)
                 return token
         return None
-
-    def _allowed(self, grammar, ids, logits) -> int | None:
-        import ctypes
-
-        import numpy as np
-
-        table = np.zeros(len(ids), dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-        table["id"], table["logit"] = ids, logits
-        data = table.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
-        array = self._api.llama_token_data_array(data, len(ids), -1, False)
-        self._api.llama_sampler_apply(grammar, ctypes.byref(array))
-        best = int(table["logit"].argmax())
-        return int(table["id"][best]) if np.isfinite(table["logit"][best]) else None

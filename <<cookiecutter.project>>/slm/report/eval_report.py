@@ -117,7 +117,8 @@ def failures(result: Result, rows: Sequence[Row], contract: Contract) -> list[di
         {"set": result.set, "row_id": s.row_id, "kind": row.meta.kind, "critical": not s.critical_ok} | (
             {} if result.set == "test" else {
                 "user": row.user, "expected": s.expected, "given": s.parsed or s.lenient_parsed, "text": s.text,
-                "value": s.value, "explanation": s.explanation, "wrong": [n for n, ok in s.fields.items() if not ok],
+                "value": s.value, "stage": s.stage, "explanation": s.explanation,
+                "wrong": [n for n, ok in s.fields.items() if not ok],
             }
         ) for s, row in sorted(wrong, key=lambda w: (w[0].critical_ok, w[0].value, sum(w[0].fields.values())))
     ]  # fmt: skip

@@ -100,11 +100,16 @@ def comparisons(found: dict[str, dict]) -> list[dict]:
 
 
 def gates(found: Sequence[Gate]) -> list[dict]:
-    """One line per release gate; of the rows that count against it the first ten."""
+    """One line per release gate; of the rows that failed it the first ten."""
+
+    def named(g: Gate) -> str:
+        more = f" and {len(g.rows) - 10} more" if len(g.rows) > 10 else ""
+        return ", ".join(g.rows[:10]) + more if g.status == "fail" else ""
+
     return [
         {
             "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.comment,
-            "rows": ", ".join(g.rows[:10]) + (f" and {len(g.rows) - 10} more" if len(g.rows) > 10 else ""),
+            "rows": named(g),
         } for g in found
     ]  # fmt: skip
 
@@ -138,7 +143,8 @@ def number(value: float | None, scale: float = 1) -> str:
     """Two digits below 100, whole numbers above; "-" for what was not measured."""
     if value is None:
         return "-"
-    return f"{value * scale:,.0f}" if value * scale >= 100 else f"{value * scale:.2g}"
+    value *= scale
+    return "<0.1" if 0 < value < 0.1 else f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def shorten(text: str, length: int) -> str:
