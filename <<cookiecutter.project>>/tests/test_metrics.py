@@ -29,13 +29,13 @@ from slm.evaluate import (
     seeds,
 )  # fmt: skip
 from slm.evaluate.calibration import reliability
-from slm.evaluate.metrics import confusion, interval, suspicions, table_statistic
+from slm.evaluate.metrics import confusion, cost_per_1k, interval, suspicions, table_statistic
 from slm.evaluate.scorers import row_metric
 from slm.models import Answer
 from slm.models.program import ProgramModel
 from slm.rows import make_row as _make_row
 from slm.rows import write_rows
-from slm.settings import Settings
+from slm.settings import Endpoint, Settings
 
 
 class Strict(BaseModel):
@@ -751,6 +751,17 @@ def test_a_result_carries_time_memory_decoding_and_warnings(settings):
     assert "collapse" in found.warnings[0] and found.calibration == {} and found.metrics["error_rate"].value == 0
     assert evaluate(settings, CONTRACT, model, rows, set="dev", name="majority").warnings == []
     assert model.asked[-1].schema is None and Result.model_validate_json(found.model_dump_json()) == found
+
+
+def test_hosted_and_local_requests_have_their_price():
+    """Guards against a larger model that looks free: tokens x price, or wait x hourly rate + hosting."""
+    settings = Settings.model_validate(
+        {"cost": {"gpu_hourly_rate": 3.6, "hosting_per_month": 10, "larger_price_per_1m_tokens": 5}}
+    )
+    result = Result(name="x", set="dev", latency_p50_s=0.5, prompt_tokens=900, completion_tokens=100)
+    assert cost_per_1k(settings, result) == pytest.approx(0.5 + 0.01)
+    assert cost_per_1k(settings, result, Endpoint()) == pytest.approx(5.0)
+    assert cost_per_1k(settings, result, Endpoint(usd_per_1m_input=1, usd_per_1m_output=10)) == pytest.approx(1.9)
 
 
 def test_slices_hold_only_rows_that_the_metric_speaks_of(settings):

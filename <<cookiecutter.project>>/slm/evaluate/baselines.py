@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 from slm import registry
@@ -30,19 +31,12 @@ def check_sets(settings, contract: Contract) -> dict[str, list[Row]]:
     places = [("raw/seed", r) for r in seed_rows(settings)]
     places += [(f"eval/{name}", r) for name, rows in sets.items() for r in rows]
     for what, key in (("id", lambda r: r.id), ("text", lambda r: " ".join(r.user.lower().split()))):
-        seen: dict[str, str] = {}
-        twice = []
+        seen: dict[str, list[str]] = {}
         for place, row in places:
-            here = f"{place} row {row.id}"
-            if key(row) in seen:
-                twice.append(f"{seen[key(row)]} and {here}")
-            seen[key(row)] = here
-        _refuse(f"the same {what} twice", twice)
-    homes: dict[str, str] = {}
-    shared = [
-        f"{row.meta.group} in {homes[row.meta.group]} and {name}" for name, rows in sets.items() for row in rows
-        if row.meta.group and homes.setdefault(row.meta.group, name) != name
-    ]  # fmt: skip
+            seen.setdefault(key(row), []).append(f"{place} row {row.id}")
+        _refuse(f"the same {what} twice", [" and ".join(where) for where in seen.values() if len(where) > 1])
+    homes = sorted({(row.meta.group, name) for name, rows in sets.items() for row in rows if row.meta.group})
+    shared = [f"{group} in {one} and {two}" for (group, one), (same, two) in pairwise(homes) if group == same]
     _refuse("groups that stand in two evaluation sets", shared)
     return sets
 
@@ -85,9 +79,9 @@ def run_baseline(
     fewshot: Callable, latency: bool = True, train: bool = False,
 ) -> Result:  # fmt: skip
     """One baseline on one set. `predict` is the rule program, `fewshot(contract, seed rows)` gives the better prompt's
-    messages; with `train` the classical model is fitted on the run's training rows, else on the seed rows. A baseline that
-    does not apply, or whose endpoint does not answer, gives a Result with the reason. Raises SlmError for evaluation rows
-    in the prompt."""
+    messages; with `train` the classical model is fitted on the run's training rows, else on the seed rows. A baseline
+    that does not apply, or whose endpoint does not answer, gives a Result with the reason. Raises SlmError for
+    evaluation rows in the prompt."""
     if name not in NAMES:
         raise SlmError(f"--model {name}: there is no such baseline; choose one of {', '.join(NAMES)}.")
     return _run(settings, contract, name, rows, set, _opener(settings, contract, predict, train), fewshot, latency)
@@ -104,8 +98,10 @@ def run_baselines(
     for name in NAMES:  # the outer loop: a model is loaded once for all sets, and let go before the next
         for set, rows in sets.items():
             found, file = have.get((set, name)), settings.path(f"data/eval/{set}.jsonl")
-            same = found and found.set_hash == registry.file_hash(file) and [s.row_id for s in found.scores] == [r.id for r in rows]
-            results[set, name] = found if same else _run(settings, contract, name, rows, set, opened, fewshot, set == "dev")
+            same = found and [s.row_id for s in found.scores] == [r.id for r in rows]
+            if not same or found.set_hash != registry.file_hash(file):
+                found = _run(settings, contract, name, rows, set, opened, fewshot, set == "dev")
+            results[set, name] = found
     return [results[set, name] for set in sets for name in NAMES]
 
 
@@ -151,7 +147,7 @@ def better_prompt(settings, contract: Contract, fewshot: Callable) -> list[dict]
 
 
 def _opener(settings, contract: Contract, predict: Callable[[str], dict], train: bool) -> Callable:
-    """A function from a model's name to the model, which holds one at a time. It raises SlmError where there is none."""
+    """A function from a model's name to the model; it holds one at a time, and raises SlmError where there is none."""
     from slm import models
     from slm.models.program import ProgramModel
 
@@ -209,7 +205,9 @@ def require_baselines(settings) -> Path:
         found = _read(file)["key"]
         if all(found.get(k) == v for k, v in key.items()):
             return file
-    what = "measured for another base model, evaluation set, row limit or number of examples" if files else "no baselines yet"
+    what = "no baselines yet"
+    if files:
+        what = "measured for another base model, evaluation set, row limit or number of examples"
     raise SlmError(f"{what}: run 02_baseline with this profile before training.")
 
 

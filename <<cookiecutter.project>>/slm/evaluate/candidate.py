@@ -45,7 +45,7 @@ def run_candidate(settings, contract: Contract, model, sets: dict[str, list[Row]
 
 
 def add_files(settings, results: Sequence[Result]) -> list[Result]:
-    """Put the results of the exported files into the run's `scores.json`, in place of an earlier export's; returns all."""
+    """Put the exported files' results into the run's `scores.json`, in place of an earlier export's; returns all."""
     own = [r for r in load_candidate(settings, settings.run_id) if r.name in (NAME, CONSTRAINED)]
     write_json(scores_file(settings, settings.run_id), [r.model_dump() for r in [*own, *results]])
     return [*own, *results]
@@ -61,7 +61,7 @@ def load_candidate(settings, run_id: str) -> list[Result]:
 
 
 def scored_sets(settings, results: Sequence[Result]) -> dict[str, list[Row]]:
-    """The rows behind results, by set, as they were asked. No model is asked now: a test set among them is no new look."""
+    """The rows behind results, by set, as they were asked. No model is asked now: test among them is no new look."""
     registry.check_locked(settings)
     names = dict.fromkeys(r.set for r in results if r.ran)
     return {name: take(settings, read_rows(settings.path(f"data/eval/{name}.jsonl"))) for name in names}

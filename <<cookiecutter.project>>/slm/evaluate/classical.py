@@ -8,6 +8,7 @@ from slm.contract import Contract
 from slm.errors import SlmError
 from slm.models.program import ProgramModel
 from slm.rows import Row
+from slm.settings import nest
 
 ABSENT = "(absent)"  # no JSON text
 
@@ -33,7 +34,9 @@ def closed_fields(schema: dict) -> list[str]:
 
 def fit(rows: Sequence[Row], contract: Contract, usual: Callable[[Sequence[Row], Contract], dict]) -> ProgramModel:
     """The model fitted on `rows`. What is not closed takes its usual value under the label that was found:
-    `usual(rows, contract)` gives the commonest valid output. Raises SlmError when the output has no closed field."""
+    `usual(rows, contract)` gives the commonest valid output, which is also the answer where the parts do not go
+    together. Raises SlmError when the output has no closed field."""
+    from sklearn.dummy import DummyClassifier
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_union
@@ -46,40 +49,25 @@ def fit(rows: Sequence[Row], contract: Contract, usual: Callable[[Sequence[Row],
         TfidfVectorizer(ngram_range=(1, 2), max_features=50_000, sublinear_tf=True),
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), max_features=100_000, sublinear_tf=True),
     )
-    table, fixed, fitted = features.fit_transform([row.user for row in rows]), {}, {}
+    table, models = features.fit_transform([row.user for row in rows]), {}
     for name in names:
         seen = [json.dumps(value[name]) if name in value else ABSENT for value in values]
-        if len(set(seen)) == 1:
-            fixed[name] = seen[0]
-        else:
-            fitted[name] = LogisticRegression(C=10, max_iter=1000).fit(table, seen)
-    pools: dict = {}
-    for row, value in zip(rows, values, strict=True):
-        pools.setdefault(value.get(contract.label_field), []).append(row)
-    whole, under = usual(rows, contract), {label: usual(pool, contract) for label, pool in pools.items()}
+        varies = len(set(seen)) > 1
+        models[name] = (LogisticRegression(C=10, max_iter=1000) if varies else DummyClassifier()).fit(table, seen)
+    labels, whole = [value.get(contract.label_field) for value in values], usual(rows, contract)
+    under = {
+        label: usual([row for row, other in zip(rows, labels, strict=True) if other == label], contract)
+        for label in set(labels)
+    }
 
     def predict(text: str) -> str:
         line = features.transform([text])
-        found = {**fixed, **{name: model.predict(line)[0] for name, model in fitted.items()}}
+        found = {name: str(model.predict(line)[0]) for name, model in models.items()}
         given = {name: json.loads(value) for name, value in found.items() if value != ABSENT}
         start = under.get(given.get(contract.label_field), whole)
-        answer = json.dumps(_filled(start, given, found.keys() - given.keys()), ensure_ascii=False)
+        filled = {n: v for n, v in {**contract.flatten(start), **given}.items() if found.get(n) != ABSENT}
+        answer = json.dumps(nest(filled), ensure_ascii=False)
         return answer if contract.parse(answer).error is None else json.dumps(start, ensure_ascii=False)
 
     mark = hashlib.sha256(json.dumps([[r.user, r.answer] for r in rows]).encode()).hexdigest()[:16]
     return ProgramModel(f"TF-IDF and logistic regression on {len(rows)} rows", predict, f"classical 1 {mark}")
-
-
-def _filled(start: dict, given: dict, left_out: set[str]) -> dict:
-    """`start` with the given dotted fields set and the others removed, in place in a copy."""
-    value = json.loads(json.dumps(start))
-    for name in [*given, *left_out]:
-        *parents, last = name.split(".")
-        part = value
-        for key in parents:
-            part = part.get(key) if isinstance(part, dict) else None
-        if isinstance(part, dict) and name in given:
-            part[last] = given[name]
-        elif isinstance(part, dict):
-            part.pop(last, None)
-    return value

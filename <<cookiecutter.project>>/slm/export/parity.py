@@ -61,8 +61,8 @@ class RenderedPrompts:
     def answer(self, prompts):
         """One answer per prompt, in order; all prompts have the same `max_tokens`."""
         texts = [render(self._tokenizer, prompt.messages, add_generation_prompt=True) for prompt in prompts]
-        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if self._ids else map(self._model.tokenize, texts)
-        keys = list(map(tuple, ids))
+        trained = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if self._ids else ()
+        keys = list(map(tuple, trained or map(self._model.tokenize, texts)))
         new = [key for key in dict.fromkeys(keys) if key not in self._known]
         self._known.update(zip(new, self._model.answer_ids(list(map(list, new)), prompts[0].max_tokens), strict=True))
         return [self._known[key] for key in keys]
@@ -79,23 +79,29 @@ def score_adapter(settings, contract: Contract, rows: Sequence[Row]) -> Scored:
     return _score(settings, contract, rows, student(settings, adapter_folder(settings)), ADAPTER, "transformers", 1.0)
 
 
+def ask(settings, contract: Contract, file: GgufFile, sets: dict[str, Sequence[Row]], timed: str = "") -> list[Result]:
+    """One file as it is shipped on some sets: messages through the runtime's own template, with the shipped
+    repeat_penalty; lone requests of the set `timed` are timed."""
+    penalty, slots = settings.export.repeat_penalty, settings.evaluate.slots
+    model = LlamaCppModel(file.path, context=settings.export.context, repeat_penalty=penalty, slots=slots)
+    try:
+        return [
+            evaluate(settings, contract, model, rows, set=name, name=file.quant, latency=name == timed)
+            for name, rows in sets.items()
+        ]
+    finally:
+        model.close()
+
+
 def score_files(
     settings, contract: Contract, rows: Sequence[Row], files: Sequence[GgufFile], dev: Sequence[Row] = ()
 ) -> list[Scored]:
-    """Every file as it is shipped: messages through the runtime's own template, with the shipped repeat_penalty. The
-    golden `rows` decide; the `dev` rows stand in the evaluation report, and lone requests of them are timed."""
-    found, penalty = [], settings.export.repeat_penalty
-    sets = [(name, part) for name, part in (("golden", rows), ("dev", dev)) if part]
+    """Every file on the golden `rows`, which decide, and on the `dev` rows, for the evaluation report and the clock."""
+    found, sets = [], {"golden": rows, **({"dev": dev} if dev else {})}
     for file in files:
-        model = LlamaCppModel(file.path, context=settings.export.context, repeat_penalty=penalty, slots=settings.evaluate.slots)
-        try:
-            results = [
-                evaluate(settings, contract, model, part, set=name, name=file.quant, latency=name == sets[-1][0])
-                for name, part in sets
-            ]
-        finally:
-            model.close()
-        found.append(Scored(file.quant, MESSAGES, penalty, results[0].scores, results[0].metrics, file, tuple(results)))
+        golden, *_ = results = ask(settings, contract, file, sets, timed=list(sets)[-1])
+        penalty = settings.export.repeat_penalty
+        found.append(Scored(file.quant, MESSAGES, penalty, golden.scores, golden.metrics, file, tuple(results)))
     return found
 
 
@@ -155,7 +161,8 @@ def table(settings, contract: Contract, reference: Scored, found: Sequence[Score
             "fixed": len(pair.fixed), "broken": len(pair.broken), "parse rate": f"{one.metrics['schema_validity'].value:.3f}",
             "endless": f"{one.endless}/{n}", "repeated": f"{one.repeated}/{n}",
             "size MB": round(file.size_mb, 1) if file else "-",
-            "p50 s": round(timed.latency_p50_s, 3) if timed else "-", "p95 s": round(timed.latency_p95_s, 3) if timed else "-",
+            "p50 s": round(timed.latency_p50_s, 3) if timed else "-",
+            "p95 s": round(timed.latency_p95_s, 3) if timed else "-",
             "tokens/s": round(timed.tokens_per_second or 0, 1) if timed else "-",
             "memory MB": round(timed.memory_mb) if timed and timed.memory_mb is not None else "-",
             "holds": "-" if one is reference else "yes" if holds(one, reference, tolerance) else "no",
