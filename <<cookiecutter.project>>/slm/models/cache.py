@@ -12,7 +12,7 @@ from slm.models.base import Answer, Model, Prompt
 class CachedModel:
     """A model whose answers are kept in `.cache/answers.sqlite`; the latency of a kept answer is that of its making."""
 
-    def __init__(self, model: Model, path, chunk: int = 64):
+    def __init__(self, model: Model, path, chunk: int = 128):
         self.name, self.fingerprint, self._model, self._path, self._chunk = model.name, model.fingerprint, model, path, chunk
         path.parent.mkdir(parents=True, exist_ok=True)
 
