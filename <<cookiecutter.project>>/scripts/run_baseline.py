@@ -9,8 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main(model: str = "base", eval: str = "data/eval/dev.jsonl", out: str = "", profile: str = "default"):
-    """Score majority, rules, classical, base, prompted, prompted_constrained, rag or larger on an evaluation file, and
-    write its report."""
+    """Score majority, rules, classical, base, prompted, prompted_constrained, rag or larger, and write its report."""
     from slm.errors import SlmError
     from slm.evaluate import candidate, run_baseline
     from slm.settings import load_settings

@@ -54,7 +54,8 @@ def relock(settings, name: str, rows) -> None:
 
 def test_a_model_that_always_answers_the_majority_class_is_named(settings):
     """Planted: one constant answer, the commonest. Its accuracy is that of the majority baseline, and no more."""
-    report = run_06(settings, ProgramModel("constant", lambda text: json.dumps(gold(0)), "constant"))
+    constant = json.dumps({"topic": "bill", "order": None, "urgent": False})
+    report = run_06(settings, ProgramModel("constant", lambda text: constant, "constant"))
     (warning,) = [w for w in report["warnings"] if " on dev: " in w]
     assert "collapse: one and the same output for all 60 rows" in warning and warning in markdown(settings)
     assert not report["verdict"].startswith("Better")

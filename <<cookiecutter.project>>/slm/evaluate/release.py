@@ -39,16 +39,12 @@ class Gate(BaseModel):
     rows: list[str] = []
 
     @property
-    def comment(self) -> str:
-        """The note, and for a failed gate the first of its rows."""
+    def detail(self) -> str:
+        """The rule, what was measured, the note, and for a failed gate the first of its rows, on one line."""
         more = f" and {len(self.rows) - 5} more" if len(self.rows) > 5 else ""
         named = f"rows {', '.join(self.rows[:5])}{more}" if self.rows and self.status == "fail" else ""
-        return "; ".join(part for part in (self.note, named) if part)
-
-    @property
-    def detail(self) -> str:
-        """The rule, what was measured and the comment, on one line."""
-        return f"{self.rule}: {self.measured}{f' ({self.comment})' if self.comment else ''}"
+        notes = "; ".join(part for part in (self.note, named) if part)
+        return f"{self.rule}: {self.measured}{f' ({notes})' if notes else ''}"
 
 
 def check(settings, run_id: str) -> list[Gate]:

@@ -108,7 +108,7 @@ def gates(found: Sequence[Gate]) -> list[dict]:
 
     return [
         {
-            "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.comment,
+            "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.note,
             "rows": named(g),
         } for g in found
     ]  # fmt: skip
