@@ -467,7 +467,7 @@ def test_scripts_answer_help_at_once_and_refuse_a_missing_model():
             [sys.executable, f"scripts/{script}.py", "--help"], capture_output=True, text=True, check=True
         )
         assert all(word in shown.stdout for word in words)
-    for command in (["run_eval", "--model", "outputs/adapters/none"], ["run_baseline", "--model", "rag"]):
+    for command in (["run_eval", "--model", "outputs/adapters/none"], ["run_baseline", "--model", "gpt"]):
         done = subprocess.run(
             [sys.executable, f"scripts/{command[0]}.py", *command[1:]], capture_output=True, text=True
         )
