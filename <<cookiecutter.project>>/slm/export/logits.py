@@ -39,8 +39,8 @@ def prove_logits(
     settings, contract: Contract, rows: Sequence[Row], merged: Path, files: Sequence[GgufFile]
 ) -> list[LogitProof]:
     """Compare next tokens inside the expected answers of `export.logit_prompts` rows, spread evenly: the adapter over
-    its base with the merged model ("merged"), then each file with the merged model. float32 on the CPU, lest a device's
-    rounding passes for a fault."""
+    its base, not merged, with the merged model ("merged"), then each file with the merged model. In bfloat16 as evaluated,
+    on the CPU, where a model fits that was merged there."""
     from transformers import AutoTokenizer
 
     tokenizer, n = AutoTokenizer.from_pretrained(merged), min(len(rows), settings.export.logit_prompts)
@@ -64,14 +64,14 @@ def checkpoint_logits(folder: Path, asked: Asked, adapter: Path | None = None) -
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
     with torch.inference_mode():
         found = [model(input_ids=torch.tensor([ids]), logits_to_keep=torch.tensor(places)).logits[0] for ids, places in asked]
-    return [logits.numpy() for logits in found]
+    return [logits.float().numpy() for logits in found]
 
 
 def compare_logits(name: str, wanted: Sequence, found: Sequence, most: float) -> LogitProof:
