@@ -110,6 +110,28 @@ def test_every_file_is_there_and_nothing_half_written(project):
     assert not [p for folder in folders for p in folder.iterdir() if p.name.startswith(".")]
 
 
+def test_the_merge_adds_layer_by_layer_and_to_the_bit_what_a_whole_float32_merge_does(project):
+    """Guards against memory for the whole model in float32, and against other weights than those evaluated."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from slm.export.merge import merge_folders
+    from slm.models.embedded import tiny_folder
+
+    settings, merged, _ = project
+    adapter, wide = settings.path("outputs/adapters/t"), []
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder(), dtype=torch.float32), adapter)
+    wanted, found = whole.merge_and_unload().bfloat16().state_dict(), load_file(merged / "model.safetensors")
+    assert all(torch.equal(wanted[name], weight) for name, weight in found.items()) and len(found) > 10
+    original = AutoModelForCausalLM.from_pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: wide.append(k["dtype"]) or original(*a, **k))
+        merge_folders(tiny_folder(), adapter, settings.path("outputs/again"))
+    assert wide == [torch.bfloat16]
+
+
 def test_wrong_end_token_after_the_merge_is_named(project, tmp_path):
     """Guards against a merge that rewrites eos_token (unsloth#5386)."""
     from slm.export.merge import merge_folders

@@ -113,7 +113,7 @@ def plot(
     near.plot([proof.most for proof in logits], range(len(logits)), "|", color="#c53030", ms=14, label="at most")
     near.set(xscale="log", xlabel="mean divergence (nats)", title="next tokens against the merged model")
     near.invert_yaxis()
-    near.legend(fontsize=8, frameon=False)
+    near.legend(fontsize=8, frameon=False, loc="upper right")
     for axes in (score, near, speed):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
