@@ -189,11 +189,24 @@ class Gates(Section):
     calibration_error: float = Field(0.1, ge=0, le=1)  # expected calibration error (ECE) of the label
 
 
+class Divergence(Section):
+    """How far next-token distributions may lie from the merged model's: mean Kullback-Leibler divergence in nats."""
+
+    merged: float = 3e-4  # of the adapter over its base; bfloat16 alone makes some 1e-6 to 1e-5
+    f16: float = 3e-4
+    q8_0: float = 0.01
+    q5_k_m: float = 0.05
+    q4_k_m: float = 0.1
+
+
 class Export(Section):
     """Merge, convert, quantize, prove (08)."""
 
     quants: list[Literal["f16", "q8_0", "q5_k_m", "q4_k_m"]] = ["f16", "q8_0", "q5_k_m", "q4_k_m"]
-    tolerance_rows: int = Field(1, ge=0)  # golden rows that a file may lose against the adapter
+    tolerance: float = Field(0.025, ge=0, le=1)  # share of golden and dev rows (one at least) that a file may lose
+    margin: float = Field(0.1, ge=0, le=1)  # how far below the adapter the interval of the difference may reach
+    logit_prompts: int = Field(32, ge=1)  # golden rows whose next tokens are compared
+    kl: Divergence = Divergence()
     context: int = Field(2048, ge=128)
     temperature: float = 0.0
     top_p: float = 1.0

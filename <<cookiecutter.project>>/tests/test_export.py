@@ -110,6 +110,28 @@ def test_every_file_is_there_and_nothing_half_written(project):
     assert not [p for folder in folders for p in folder.iterdir() if p.name.startswith(".")]
 
 
+def test_the_merge_adds_layer_by_layer_and_to_the_bit_what_a_whole_float32_merge_does(project):
+    """Guards against memory for the whole model in float32, and against other weights than those evaluated."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from slm.export.merge import merge_folders
+    from slm.models.embedded import tiny_folder
+
+    settings, merged, _ = project
+    adapter, wide = settings.path("outputs/adapters/t"), []
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder(), dtype=torch.float32), adapter)
+    wanted, found = whole.merge_and_unload().bfloat16().state_dict(), load_file(merged / "model.safetensors")
+    assert all(torch.equal(wanted[name], weight) for name, weight in found.items()) and len(found) > 10
+    original = AutoModelForCausalLM.from_pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: wide.append(k["dtype"]) or original(*a, **k))
+        merge_folders(tiny_folder(), adapter, settings.path("outputs/again"))
+    assert wide == [torch.bfloat16]
+
+
 def test_wrong_end_token_after_the_merge_is_named(project, tmp_path):
     """Guards against a merge that rewrites eos_token (unsloth#5386)."""
     from slm.export.merge import merge_folders
@@ -208,6 +230,50 @@ def test_no_converter_and_no_network_says_what_to_do(tmp_path, monkeypatch):
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from slm.export.files import whole
+
+with whole(Path(sys.argv[1])) as work:
+    (work if sys.argv[2] == "file" else work.mkdir() or work / "part").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_killed_export_leaves_no_half_file_and_its_rest_goes_with_the_next(tmp_path, kind):
+    """Guards against a truncated file under the final name, and against gigabytes that no later run clears."""
+    import subprocess
+    import sys
+
+    from slm.export.files import whole
+
+    target = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target), kind], check=False)
+    assert done.returncode == -9 and not target.exists() and len(list(tmp_path.iterdir())) == 1
+    for text in ("one", "two"):
+        with whole(target) as work:
+            (work if kind == "file" else work.mkdir() or work / "part").write_text(text)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (target if kind == "file" else target / "part").read_text() == "two"
+
+
+def test_an_export_that_does_not_fit_is_refused_before_it_starts(project, monkeypatch):
+    """Guards against an hour of merging before the disk is full; the arithmetic must meet the real checkpoint's size."""
+    from slm.export import files
+    from slm.export.estimate import estimate
+    from slm.export.files import weight_bytes
+
+    own, four, eight = estimate(project[0])
+    assert own["f16 MB"] == pytest.approx(weight_bytes(project[1]) / 1e6, rel=0.05, abs=1)
+    assert (four["f16 MB"], eight["f16 MB"]) == (pytest.approx(8044, rel=0.002), pytest.approx(16381, rel=0.002))
+    assert eight["disk MB"] > 2 * eight["f16 MB"] and eight["memory MB, at most"] > 2 * eight["f16 MB"]
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("usage", (), {"free": 1}))
+    with pytest.raises(SlmError, match="the export .* make room"):
+        estimate(project[0])
+
+
 def test_the_same_ids_are_not_asked_twice():
     """Guards against paying for path B where it is path A, and against skipping it where the file reads other ids."""
     from slm.export.parity import RenderedPrompts
@@ -246,8 +312,8 @@ def test_three_paths_through_the_f16_file_agree(scored):
     assert all(s.completion_tokens for s in ids.scores)
 
 
-def fake(way="messages", exact=10, endless=0, name="f16", size=100.0):
-    """Ten scored rows of which `exact` are right; just what the rules look at."""
+def fake(way="messages", exact=10, endless=0, name="f16", size=100.0, n=10):
+    """`n` scored rows of which `exact` are right; just what the rules look at."""
     from slm.evaluate import Score
     from slm.export.parity import Scored
 
@@ -256,36 +322,67 @@ def fake(way="messages", exact=10, endless=0, name="f16", size=100.0):
 
     scores = [
         Score(
-            row_id=str(n), value=float(n < exact), fields={}, parsed={}, lenient_parsed={}, expected={}, stage=None,
-            exact=n < exact, critical_ok=True, finish_reason="length" if n < endless else "stop",
+            row_id=str(i), value=float(i < exact), fields={}, parsed={}, lenient_parsed={}, expected={}, stage=None,
+            exact=i < exact, critical_ok=True, finish_reason="length" if i < endless else "stop",
         )
-        for n in range(10)
+        for i in range(n)
     ]  # fmt: skip
     return Scored(name, way, 1.05, scores, {}, File())
+
+
+SETTINGS = {"evaluate": {"resamples": 200}}
+
+
+def proof(file, kl):
+    from slm.export.logits import LogitProof
+    from slm.settings import Divergence
+
+    return LogitProof(file, 256, 1.0, kl, kl, getattr(Divergence(), file))
 
 
 def test_a_drop_is_attributed_to_the_stage_that_caused_it():
     """Guards against blaming quantization for a tokenizer, or a template for weights."""
     from slm.export.parity import IDS, MESSAGES, TEXT, attribute
+    from slm.settings import Settings
 
-    def verdict(a, b, c, shipped):
-        return attribute(fake(), [fake(IDS, a), fake(TEXT, b), fake(MESSAGES, c)], fake(exact=shipped), 1).split(":")[0]
+    def verdict(a, b, c, shipped, merged=0.0, f16=1e-6):
+        paths = [fake(IDS, a), fake(TEXT, b), fake(MESSAGES, c)]
+        logits = [proof("merged", merged), proof("f16", f16), proof("q8_0", 9.0)]
+        return attribute(Settings(**SETTINGS), CONTRACT, fake(), paths, fake(exact=shipped), logits).split(":")[0]
 
     assert verdict(5, 5, 5, 5) == "weights"
     assert verdict(10, 5, 5, 5) == "tokenizer"
     assert verdict(9, 10, 5, 5) == "chat template"
     assert verdict(10, 9, 10, 8) == "sampling"
     assert verdict(9, 9, 9, 9) == "equal"
+    assert verdict(5, 5, 5, 5, merged=0.01, f16=0.01) == "merge"
+    assert verdict(10, 10, 10, 10, f16=0.01) == "weights"
+    assert verdict(10, 10, 10, 10, merged=float("nan")) == "merge"
 
 
 def test_the_smallest_file_that_holds_is_chosen():
-    """Guards against shipping the smallest file whatever it scores, or one that never stops."""
-    from slm.export.parity import choose
+    """Guards against shipping the smallest file whatever it scores, one that never stops, or one of other next tokens."""
+    from slm.export.parity import choose, fit
+    from slm.settings import Settings
 
+    settings = Settings(**SETTINGS, export={"margin": 0.5})
     f16, q8, q4 = fake(), fake(exact=9, name="q8_0", size=50), fake(exact=8, name="q4_k_m", size=25)
     endless = fake(endless=3, name="q5_k_m", size=10)
-    assert choose(fake(), [f16, q8, q4, endless], 1).name == "q8_0"
-    assert choose(fake(), [q4, endless], 1) is None
+    assert choose(settings, CONTRACT, fake(), [f16, q8, q4, endless], []).name == "q8_0"
+    assert choose(settings, CONTRACT, fake(), [f16, q8, q4, endless], [proof("q8_0", 0.5)]).name == "f16"
+    assert choose(settings, CONTRACT, fake(), [q4, endless], []) is None
+    reasons = [fit(settings, CONTRACT, fake(), one, [proof("q8_0", 0.5)]) for one in (f16, q8, q4, endless)]
+    assert reasons == ["yes", "no: next tokens", "no: rows lost", "no: rows lost"]
+
+
+def test_a_file_that_few_rows_speak_for_does_not_fit():
+    """Guards against a count alone: one row lost of ten says as little as none; of 160 rows it says enough."""
+    from slm.export.parity import fit
+    from slm.settings import Settings
+
+    assert fit(Settings(**SETTINGS), CONTRACT, fake(), fake(exact=9), []) == "no: interval too wide"
+    many = fake(n=160, exact=120), fake(n=160, exact=117), fake(n=160, exact=115)
+    assert [fit(Settings(**SETTINGS), CONTRACT, many[0], one, []) for one in many] == ["yes", "yes", "no: rows lost"]
 
 
 def test_repetition_is_counted():
@@ -299,6 +396,7 @@ def test_release_writes_the_bundle_and_the_root_files(project, scored, monkeypat
     """Guards against a root Modelfile without its run or file, and checksums that do not match."""
     from slm import registry
     from slm.export import bundle, tokens
+    from slm.export.logits import prove_logits
     from slm.report import model_card
 
     def card(settings, contract, run_id, export):
@@ -308,7 +406,9 @@ def test_release_writes_the_bundle_and_the_root_files(project, scored, monkeypat
     monkeypatch.setattr(model_card, "write", card)
     settings, merged, files = project
     proofs = [tokens.prove_tokens(merged, f.path, chats()) for f in files]
-    report = bundle.write_report(settings, CONTRACT, proofs, *scored)
+    logits = prove_logits(settings, CONTRACT, ROWS, merged, files)
+    report = bundle.write_report(settings, CONTRACT, proofs, logits, *scored)
+    assert [line["file"] for line in report["logits"]] == ["merged", "f16", "q8_0"] and report["attribution"] == "equal"
     assert report["chosen"] in ("f16", "q8_0"), report["verdict"]
     bundle.release(settings, CONTRACT, merged, report)
     folder, chosen = settings.path("outputs/gguf/t"), report["chosen"]

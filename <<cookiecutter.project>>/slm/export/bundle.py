@@ -9,6 +9,7 @@ from slm.contract import Contract
 from slm.errors import SlmError
 from slm.export import parity
 from slm.export.client import write_client
+from slm.export.logits import LogitProof
 from slm.export.modelfile import check_modelfile, family, render_modelfile
 from slm.export.parity import Scored
 from slm.export.quantize import gguf_folder
@@ -17,26 +18,28 @@ from slm.rows import write_json, write_text
 
 
 def write_report(
-    settings, contract: Contract, proofs: Sequence[TokenProof], reference: Scored, paths: Sequence[Scored],
-    shipped: Sequence[Scored],
+    settings, contract: Contract, proofs: Sequence[TokenProof], logits: Sequence[LogitProof], reference: Scored,
+    paths: Sequence[Scored], shipped: Sequence[Scored],
 ) -> dict:  # fmt: skip
     """Choose a file and write export.json and export.png to outputs/gguf/<run_id>; returns the report. `chosen` is
     the quant of the smallest file that holds, or None; `verdict` says it in one sentence."""
     import llama_cpp
 
-    tolerance, folder = settings.export.tolerance_rows, gguf_folder(settings)
-    best = parity.choose(reference, shipped, tolerance)
+    folder, best = gguf_folder(settings), parity.choose(settings, contract, reference, shipped, logits)
     f16 = next((one for one in shipped if one.name == "f16"), paths[-1])
-    cause = parity.attribute(reference, paths, f16, tolerance)
+    cause = parity.attribute(settings, contract, reference, paths, f16, logits)
+    best = None if cause.startswith("merge") else best  # its files are all of another model
     report = {
         "run_id": settings.run_id, "base": settings.model.base, "settings": settings.hash, "contract": contract.schema_hash,
         "runtime": f"llama-cpp-python {llama_cpp.__version__}", "chosen": best.name if best else None,
-        "verdict": _verdict(best, reference, cause, tolerance), "attribution": cause, "tolerance_rows": tolerance,
+        "verdict": _verdict(settings, contract, best, reference, cause), "attribution": cause,
+        "tolerance": settings.export.model_dump(include={"tolerance", "margin", "kl"}),
         "rows": len(reference.scores),
         "sampling": settings.export.model_dump(include={"temperature", "top_p", "repeat_penalty"}),
-        "files": parity.table(settings, contract, reference, shipped),
+        "files": parity.table(settings, contract, reference, shipped, logits),
         "paths": parity.table(settings, contract, reference, paths)[1:],
-        "tokens": [asdict(proof) for proof in proofs], "made": {
+        "tokens": [asdict(proof) for proof in proofs],
+        "logits": [asdict(proof) | {"holds": proof.holds} for proof in logits], "made": {
             one.name: {
                 "file": one.file.path.name, "bytes": one.file.path.stat().st_size, "sha256": registry.file_hash(one.file.path),
                 "seconds": round(one.file.seconds, 1), "tensors": one.file.tensors,
@@ -46,7 +49,7 @@ def write_report(
         },
     }  # fmt: skip
     write_json(folder / "export.json", report)
-    plot(contract, reference, shipped, folder / "export.png")
+    plot(contract, reference, shipped, logits, folder / "export.png")
     return report
 
 
@@ -61,7 +64,7 @@ def release(settings, contract: Contract, merged: Path, report: dict) -> list[Pa
         raise SlmError(f"outputs/gguf/{run}: {report['verdict']} Nothing is released.")
     chats = [contract.messages(row)[:-1] for row in parity.golden_rows(settings)]
     file = report["made"][report["chosen"]]["file"]
-    note = f"run {run}: {report['chosen']}, {report['rows']} golden rows"
+    note = f"run {run}: {report['chosen']}, {report['rows']} golden and dev rows"
     for target, model in ((folder / "Modelfile", file), (settings.path("Modelfile"), f"outputs/gguf/{run}/{file}")):
         write_text(target, render_modelfile(settings, contract, merged, f"./{model}", note))
         checked = check_modelfile(settings, contract, merged, target, chats)
@@ -84,12 +87,14 @@ def release(settings, contract: Contract, merged: Path, report: dict) -> list[Pa
     return files
 
 
-def plot(contract: Contract, reference: Scored, shipped: Sequence[Scored], path: Path) -> Path:
-    """Score with interval against size, and speed, per file; the adapter's score as a line."""
+def plot(
+    contract: Contract, reference: Scored, shipped: Sequence[Scored], logits: Sequence[LogitProof], path: Path
+) -> Path:  # fmt: skip
+    """Score with interval against size, next tokens, and speed, per file; the adapter's score as a line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
-    score, speed = figure.subplots(1, 2, gridspec_kw={"width_ratios": [3, 2]})
+    figure = Figure(figsize=(13, 3.6), dpi=120, layout="constrained")
+    score, near, speed = figure.subplots(1, 3, gridspec_kw={"width_ratios": [3, 2, 2]})
     name, best = contract.primary_metric, reference.metrics[contract.primary_metric]
     found = [one.metrics[name] for one in shipped]
     sizes = [one.file.size_mb for one in shipped]
@@ -99,20 +104,31 @@ def plot(contract: Contract, reference: Scored, shipped: Sequence[Scored], path:
     score.axhline(best.value, color="#c53030", ls="--", lw=1, label=f"adapter {best.value:.3f}")
     score.set_xlim(0, max(sizes) * 1.15)
     score.set_ylim(max(0, min([m.low for m in found] + [best.low]) - 0.05), 1.02)
-    score.set(xlabel="size (MB)", ylabel=f"{name} (bar: interval)", title=f"score on golden, n = {len(reference.scores)}")
+    score.set(xlabel="size (MB)", ylabel=f"{name} (bar: interval)", title=f"score on golden and dev, n = {len(reference.scores)}")
     score.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     speed.barh([one.name for one in shipped], [one.results[-1].tokens_per_second or 0 for one in shipped], color="#a0aec0")
     speed.invert_yaxis()
     speed.set(xlabel="generated tokens per second", title="speed of a lone request")
-    for axes in (score, speed):
+    near.barh([proof.file for proof in logits], [max(proof.kl, 1e-9) for proof in logits], color="#a0aec0")
+    near.plot([proof.most for proof in logits], range(len(logits)), "|", color="#c53030", ms=14, label="at most")
+    near.set(xscale="log", xlabel="mean divergence (nats)", title="next tokens against the merged model")
+    near.invert_yaxis()
+    near.legend(fontsize=8, frameon=False, loc="upper right")
+    for axes in (score, near, speed):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return path
 
 
-def _verdict(best: Scored | None, reference: Scored, cause: str, tolerance: int) -> str:
-    n = len(reference.scores)
+def _verdict(settings, contract: Contract, best: Scored | None, reference: Scored, cause: str) -> str:
+    n, most = len(reference.scores), settings.export
     if best is None:
-        why = "the smaller files lose too much; add a larger quant to export.quants" if cause == "equal" else cause
-        return f"no file holds within {tolerance} of {n} golden rows: {why}."
-    return f"{best.name} holds: {best.exact} of {n} golden rows exactly right, the adapter {reference.exact} (tolerance {tolerance})."
+        lost = "the smaller files lose too much, or too few rows show that they do not; add a larger quant to export.quants"
+        rule = f"{parity.room(settings, n)} of {n} golden and dev rows, above -{most.margin:g} and near in next tokens"
+        return f"no file holds within {rule}: {lost if cause == 'equal' else cause}."
+    d = parity.compare(settings, contract, reference, best).difference
+    return (
+        f"{best.name} holds: {best.exact} of {n} golden and dev rows exactly right, the adapter {reference.exact}; "
+        f"{contract.primary_metric} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}] against it "
+        f"(may lose {parity.room(settings, n)} rows, interval above -{most.margin:g})."
+    )

@@ -23,12 +23,14 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 def whole(target: Path) -> Iterator[Path]:
     """A path that becomes `target`, a file or a folder, when the block ends well; otherwise nothing is left of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         work = Path(folder) / target.name
         try:
             yield work
-            if work.is_dir():
-                shutil.rmtree(target, ignore_errors=True)
+            if target.is_dir():  # moved away whole: a kill now leaves none, not half a folder
+                os.replace(target, Path(folder) / "old")
             os.replace(work, target)
         except OSError as error:
             why = error.strerror or error

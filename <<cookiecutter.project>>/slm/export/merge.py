@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def merge_folders(base: Path, adapter: Path, target: Path) -> Path:
     """Merge `adapter` into `base` and write the result to `target`, all or nothing."""
     import torch
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
@@ -51,11 +53,18 @@ def merge_folders(base: Path, adapter: Path, target: Path) -> Path:
     require_space(target.parent, int(weight_bytes(base) * 1.05), "the merged model")
     is_adapter = (adapter / "adapter_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(adapter if (adapter / "tokenizer_config.json").is_file() else base)
-    # Added up in float32, rounded once, as the evaluated model was: its weights are then these to the last bit.
-    model = AutoModelForCausalLM.from_pretrained(base if is_adapter else adapter, dtype=torch.float32 if is_adapter else torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base if is_adapter else adapter, dtype=torch.bfloat16)
     if is_adapter:
         try:
-            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+            model = PeftModel.from_pretrained(model, str(adapter))
+            # Added up in float32 layer by layer, rounded once, as the evaluated model was: its weights are these to the bit.
+            for layer in model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer.float().merge(safe_merge=True)
+                    layer.bfloat16()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that they are merged already
+                model = model.merge_and_unload()
         except (RuntimeError, ValueError) as error:
             why = str(error).strip().splitlines()[0]
             raise SlmError(f"{adapter}: does not fit the base model ({why}); merge into the base it was trained on.") from None
@@ -63,7 +72,7 @@ def merge_folders(base: Path, adapter: Path, target: Path) -> Path:
         raise SlmError(f"{adapter}: its tokenizer has {len(tokenizer)} tokens, the model fewer; it belongs to another base.")
     pin_template(tokenizer)
     with whole(target) as work:
-        model.to(torch.bfloat16).save_pretrained(work, max_shard_size="4GB")
+        model.save_pretrained(work, max_shard_size="4GB")
         tokenizer.save_pretrained(work)
         complete_tokenizer(tokenizer, Path(base), work)
         check_ends(Path(base), work)

@@ -1,13 +1,14 @@
-"""Second proof: the golden rows through llama.cpp for every file, against the adapter; a drop is attributed, a file chosen."""
+"""Third proof: golden and dev rows through llama.cpp for every file, against the adapter; a drop is attributed, a file chosen."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate import Metric, Result, Score, evaluate, measure, paired, take
+from slm.evaluate import Comparison, Metric, Result, Score, evaluate, measure, paired, take
 from slm.evaluate.scorers import answer_rows
+from slm.export.logits import MERGED, LogitProof
 from slm.export.merge import adapter_folder
 from slm.export.quantize import GgufFile
 from slm.models import cached, student
@@ -22,8 +23,8 @@ LOOP = re.compile(r"(.{4,200}?)\1{3,}", re.DOTALL)
 
 @dataclass(frozen=True)
 class Scored:
-    """One way through one file (or the adapter itself) on the golden rows. `results` are a shipped file's, golden first;
-    the last one is timed."""
+    """One way through one file (or the adapter itself). `results` are a shipped file's, golden first, the last one timed;
+    its scores are those of all of them."""
 
     name: str
     way: str
@@ -47,6 +48,11 @@ class Scored:
     def repeated(self) -> int:
         """Answers in which a piece of four characters or more stands at least four times in a row."""
         return sum(bool(LOOP.search(s.text)) for s in self.scores)
+
+    def on(self, other: "Scored") -> "Scored":
+        """The same, on the rows of `other` alone; the metrics stay those of all rows."""
+        ids = {s.row_id for s in other.scores}
+        return replace(self, scores=[s for s in self.scores if s.row_id in ids])
 
 
 class RenderedPrompts:
@@ -96,12 +102,15 @@ def ask(settings, contract: Contract, file: GgufFile, sets: dict[str, Sequence[R
 def score_files(
     settings, contract: Contract, rows: Sequence[Row], files: Sequence[GgufFile], dev: Sequence[Row] = ()
 ) -> list[Scored]:
-    """Every file on the golden `rows`, which decide, and on the `dev` rows, for the evaluation report and the clock."""
-    found, sets = [], {"golden": rows, **({"dev": dev} if dev else {})}
+    """Every file as it is shipped: messages through the runtime's own template, with the shipped repeat_penalty. Golden
+    and dev rows decide together, and stand in the evaluation report; lone requests of the last set are timed."""
+    found, penalty = [], settings.export.repeat_penalty
+    sets = {name: part for name, part in (("golden", rows), ("dev", dev)) if part}
     for file in files:
-        golden, *_ = results = ask(settings, contract, file, sets, timed=list(sets)[-1])
-        penalty = settings.export.repeat_penalty
-        found.append(Scored(file.quant, MESSAGES, penalty, golden.scores, golden.metrics, file, tuple(results)))
+        results = ask(settings, contract, file, sets, timed=list(sets)[-1])
+        scores = [score for result in results for score in result.scores]
+        metrics = measure(scores, contract, settings)
+        found.append(Scored(file.quant, MESSAGES, penalty, scores, metrics, file, tuple(results)))
     return found
 
 
@@ -118,40 +127,77 @@ def score_paths(settings, contract: Contract, rows: Sequence[Row], f16: GgufFile
         model.close()
 
 
-def holds(found: Scored, reference: Scored, tolerance: int) -> bool:
-    """Whether a file is as good as the adapter, give or take `tolerance` rows, and stops as reliably. Rows are
-    counted as exact ones and as points of the primary metric; the worse count decides."""
-    points = sum(s.value for s in reference.scores) - sum(s.value for s in found.scores)
-    lost = max(reference.exact - found.exact, points)
-    return lost <= tolerance + 1e-9 and found.endless - reference.endless <= tolerance
+def room(settings, n: int) -> int:
+    """How many of `n` rows a file may lose: `export.tolerance` of them, one at least."""
+    return max(1, round(settings.export.tolerance * n))
 
 
-def attribute(reference: Scored, paths: Sequence[Scored], shipped: Scored, tolerance: int) -> str:
-    """Which stage broke the f16 file, or "equal". A low: weights. A high, B low: tokenizer. B high, C low: chat
+def compare(settings, contract: Contract, reference: Scored, found: Scored) -> Comparison:
+    """A way through a file against the adapter, on the rows that it answered."""
+    return paired(found.scores, reference.on(found).scores, contract, settings)
+
+
+def holds(settings, contract: Contract, reference: Scored, found: Scored) -> bool:
+    """Whether a file is as good as the adapter, give or take `room` rows, and stops as reliably. Rows are counted as
+    exact ones and as points of the primary metric; the worse count decides."""
+    pair, n = compare(settings, contract, reference, found), len(found.scores)
+    lost = max(len(pair.broken) - len(pair.fixed), -pair.difference.value * n)
+    return max(lost, found.endless - reference.on(found).endless) <= room(settings, n) + 1e-9
+
+
+def attribute(
+    settings, contract: Contract, reference: Scored, paths: Sequence[Scored], shipped: Scored, logits: Sequence[LogitProof]
+) -> str:  # fmt: skip
+    """Which stage broke the f16 file, or "equal". First the next tokens, which a handful of rows may not show: of the
+    merged model, of the f16 file. Then the rows. A low: weights. A high, B low: tokenizer. B high, C low: chat
     template. C high, but low as shipped: the repeat penalty."""
     causes = {
+        MERGED: "merge: the merged model's next tokens are not the adapter's; merge again, into the 16-bit base it was trained on",
+        "f16": "weights: the f16 file's next tokens are not the merged model's; it was made of other or changed weights",
         IDS: "weights: token ids straight into the f16 file already score lower; the merge or the conversion changed them",
         TEXT: "tokenizer: the same prompts as text score lower than as token ids; the conversion changed the tokenizer",
         MESSAGES: "chat template: messages score lower than the rendered text; the file's template is another one",
     }
-    if broken := [path for path in paths if not holds(path, reference, tolerance)]:
+    for proof in logits:
+        if proof.file in causes and not proof.holds:
+            return f"{causes[proof.file]} (divergence {proof.kl:.2g} nats, at most {proof.most:g})"
+    if broken := [path for path in paths if not holds(settings, contract, reference, path)]:
         return causes[broken[0].way]
-    if not holds(shipped, reference, tolerance):
+    if not holds(settings, contract, reference, shipped):
         return f"sampling: repeat_penalty {shipped.repeat_penalty:g} costs the rows; set export.repeat_penalty: 1.0"
     return "equal"
 
 
-def choose(reference: Scored, shipped: Sequence[Scored], tolerance: int) -> Scored | None:
-    """The smallest file that holds, or None."""
-    good = [found for found in shipped if holds(found, reference, tolerance)]
+def fit(settings, contract: Contract, reference: Scored, found: Scored, logits: Sequence[LogitProof]) -> str:
+    """"yes", or what a file fails by: next tokens, rows lost, or an interval of the paired difference that reaches below
+    -`export.margin`, which may mean a loss or too few rows."""
+    if found.name in {proof.file for proof in logits if not proof.holds}:
+        return "no: next tokens"
+    if not holds(settings, contract, reference, found):
+        return "no: rows lost"
+    low = compare(settings, contract, reference, found).difference.low
+    return "yes" if low >= -settings.export.margin else "no: interval too wide"
+
+
+def choose(
+    settings, contract: Contract, reference: Scored, shipped: Sequence[Scored], logits: Sequence[LogitProof]
+) -> Scored | None:  # fmt: skip
+    """The smallest file that fits, or None."""
+    good = [found for found in shipped if fit(settings, contract, reference, found, logits) == "yes"]
     return min(good, key=lambda found: found.file.size_mb, default=None)
 
 
-def table(settings, contract: Contract, reference: Scored, found: Sequence[Scored]) -> list[dict]:
-    """One record per way through a file: score with interval, parse rate, size, speed, and whether it holds."""
-    lines, tolerance = [], settings.export.tolerance_rows
+def table(
+    settings, contract: Contract, reference: Scored, found: Sequence[Scored], logits: Sequence[LogitProof] = ()
+) -> list[dict]:  # fmt: skip
+    """One record per way through a file: score with interval, next tokens, parse rate, size, speed, and whether it holds.
+    The adapter's line is on the rows that the others answered."""
+    lines, near = [], {proof.file: proof for proof in logits}
+    if found and len(found[0].scores) < len(reference.scores):
+        reference = reference.on(found[0])
+        reference = replace(reference, metrics=measure(reference.scores, contract, settings))
     for one in [reference, *found]:
-        file, n, pair = one.file, len(one.scores), paired(one.scores, reference.scores, contract, settings)
+        file, n, pair = one.file, len(one.scores), compare(settings, contract, reference, one)
         timed = one.results[-1] if one.results else None
         difference = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**pair.difference.model_dump())
         lines.append({
@@ -160,12 +206,13 @@ def table(settings, contract: Contract, reference: Scored, found: Sequence[Score
             "against adapter": "-" if one is reference else difference, "exact": f"{one.exact}/{n}",
             "fixed": len(pair.fixed), "broken": len(pair.broken), "parse rate": f"{one.metrics['schema_validity'].value:.3f}",
             "endless": f"{one.endless}/{n}", "repeated": f"{one.repeated}/{n}",
+            "divergence": f"{near[one.name].kl:.2g}" if one.name in near else "-",
             "size MB": round(file.size_mb, 1) if file else "-",
             "p50 s": round(timed.latency_p50_s, 3) if timed else "-",
             "p95 s": round(timed.latency_p95_s, 3) if timed else "-",
             "tokens/s": round(timed.tokens_per_second or 0, 1) if timed else "-",
             "memory MB": round(timed.memory_mb) if timed and timed.memory_mb is not None else "-",
-            "holds": "-" if one is reference else "yes" if holds(one, reference, tolerance) else "no",
+            "holds": "-" if one is reference else fit(settings, contract, reference, one, logits),
         })  # fmt: skip
     return lines
 

@@ -47,6 +47,10 @@ class LlamaCppModel:
         """Complete one rendered prompt. Text is tokenized here with special tokens parsed and no BOS added."""
         return self.answer_ids([self.tokenize(text) if isinstance(text, str) else text], max_tokens)[0]
 
+    def logits(self, ids: list[int], places: list[int]):
+        """Logits of the token that follows each of `places` (ascending): an array (places, vocabulary)."""
+        return self._sequences.logits(ids, places)
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a rendered prompt: special tokens parsed, nothing added."""
         return self.llama.tokenize(text.encode(), add_bos=False, special=True)

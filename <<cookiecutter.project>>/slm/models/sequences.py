@@ -88,6 +88,17 @@ class Sequences:
         if lone:
             self._held = (jobs[0].ids + jobs[0].tokens)[: jobs[0].past]
 
+    def logits(self, ids: list[int], places: list[int]):
+        """Logits after the tokens at `places` of a lone sequence, in order: (places, vocabulary)."""
+        import numpy as np
+
+        self._make(0, len(ids))
+        past, self._held = self._keep(ids[: places[0]]), []
+        parts = [(0, n, ids[n], n in places) for n in range(past, len(ids))]
+        found = [np.array(self._decode(parts[n : n + BATCH]), ndmin=2) for n in range(0, len(parts), BATCH)]
+        self._held = ids
+        return np.concatenate([part for part in found if part.shape[1] > 1])
+
     @staticmethod
     def _leave(active: dict[int, Job], free: list[int], on_done: Callable[[], None]) -> None:
         for slot in [slot for slot, job in active.items() if job.finish]:

@@ -1,0 +1,111 @@
+"""Export of a trained project: seconds and peak memory of each stage, from the adapter to the proven files."""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = ROOT / "<<cookiecutter.project>>"
+WORK = ROOT / "build" / "export"
+STAGES = ("merge", "files", "tokens", "logits", "score")
+QUANTS = ["f16", "q8_0", "q5_k_m", "q4_k_m"]
+
+
+def peak_mb() -> float:
+    """The most memory that this process held since `forget`, mapped files with it, in megabytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def forget() -> float:
+    """Start the peak anew; returns what is held now: the libraries."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_mb()
+
+
+def stage(name: str, project: Path, run: str, profile: str) -> dict:
+    """Run one stage in this process and measure it; what it found rides along."""
+    sys.path[:0] = [str(PROJECT), str(project)]
+    import llama_cpp  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+    from slm.evaluate import take
+    from slm.export import logits, merge, parity, quantize, tokens
+    from slm.rows import read_rows
+    from slm.settings import load_settings
+    from task.contract import contract
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    torch.set_num_threads(2)
+    settings = load_settings(start=project, profile=profile, run_id=run, overrides={"export.quants": QUANTS})
+    merged = settings.path(f"outputs/merged/{run}")
+    golden, dev = (take(settings, read_rows(settings.path(f"data/eval/{n}.jsonl"))) for n in ("golden", "dev"))
+    paths = [quantize.gguf_folder(settings) / f"model-{quant}.gguf" for quant in QUANTS]
+    files = [quantize.GgufFile(q, p, 0.0, {}) for q, p in zip(QUANTS, paths, strict=True)]
+    held, begin = forget(), time.perf_counter()
+    if name == "merge":
+        found = str(merge.merge(settings).name)
+    elif name == "files":
+        found = {f.quant: [round(f.seconds, 1), round(f.size_mb, 1)] for f in quantize.make_files(settings, merged)}
+    elif name == "tokens":
+        chats = tokens.conversations(contract, [*golden, *dev])[-200:]
+        found = [vars(tokens.prove_tokens(merged, f.path, chats))["prompts"] for f in files]
+    elif name == "logits":
+        found = [vars(p) | {"holds": p.holds} for p in logits.prove_logits(settings, contract, golden, merged, files)]
+    else:
+        ways = parity.score_paths(settings, contract, golden, files[0], merged)
+        shipped = parity.score_files(settings, contract, golden, files, dev)
+        found = {f"{one.name}, {one.way}": f"{one.exact}/{len(one.scores)}" for one in [*ways, *shipped]}
+    seconds, f16 = time.perf_counter() - begin, 2 * sum(p.numel() for p in _weights(merged)) / 1e6
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
+    own = peak_mb() - held
+    return {
+        "seconds": round(seconds, 1), "libraries_mb": round(held), "peak_mb": round(own), "child_mb": round(child),
+        "peak_ratio": round(own / f16, 2), "found": found,
+    }  # fmt: skip
+
+
+def _weights(merged: Path):
+    from safetensors.torch import load_file
+
+    return [w for file in merged.glob("*.safetensors") for w in load_file(file).values()]
+
+
+def main() -> None:
+    """Measure every stage in a process of its own and print the figures as one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--project", type=Path, default=ROOT / "build" / "demo", help="made by `make demo`; only read")
+    parser.add_argument("--run", default="demo")
+    parser.add_argument("--profile", default="cpu")
+    parser.add_argument("--stage", choices=STAGES)
+    options = parser.parse_args()
+    if options.stage:
+        print(json.dumps(stage(options.stage, options.project, options.run, options.profile)))
+        return
+    shutil.rmtree(WORK, ignore_errors=True)
+    for part in ("project.yaml", "task", "training", "data/eval", f"outputs/adapters/{options.run}"):
+        source, target = options.project / part, WORK / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    found = {"load": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
+    for name in STAGES:
+        command = [sys.executable, __file__, "--stage", name, "--project", str(WORK), "--run", options.run, "--profile", options.profile]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+        if done.returncode:
+            raise SystemExit(f"{name} failed (exit code {done.returncode})")
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        print(name, found[name], file=sys.stderr, flush=True)
+    found["seconds"] = round(sum(found[name]["seconds"] for name in STAGES), 1)
+    found["peak_ratio"] = max(found[name]["peak_ratio"] for name in STAGES)
+    (WORK / "figures.json").write_text(json.dumps(found, indent=1))
+    print(json.dumps({"benchmark": "export", **found}))
+
+
+if __name__ == "__main__":
+    main()
