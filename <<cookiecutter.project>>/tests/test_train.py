@@ -200,7 +200,7 @@ def test_training_refuses_without_baselines_or_rows(project, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(SlmError, match="02_baseline"):
         train(settings_of(project), contract)
-    assert not (project / "registry/runs.jsonl").exists()
+    assert [r["status"] for r in registry.read(settings_of(project), "runs")] == ["failed"] * 2
 
 
 def test_a_run_leaves_adapter_settings_curve_log_and_record(project):

@@ -72,37 +72,35 @@ def task_metric(settings, contract, tokenizer, stops: set[int], rows):
     from transformers import TrainerCallback
 
     class TaskMetric(TrainerCallback):
-        trainer, seconds, begin, end, each = None, 0.0, 0.0, 0.0, 0.0
-        best, step, looks = [], 0, 0
+        trainer, begin, end, spent, each, best, loss, step, looks = None, 0.0, 0.0, 0.0, 0.0, [], 0.0, 0, 0
 
         def on_train_begin(self, args, state, control, **_):
             self.begin = time.perf_counter()
 
         def on_evaluate(self, args, state, control, metrics, model, **_):
-            start, values = time.perf_counter(), []
-            stop = start + SHARE * (start - self.begin - self.seconds) - self.seconds
+            start, values, loss = time.perf_counter(), [], metrics["eval_loss"]
+            stop = start + SHARE * (start - self.begin - self.spent) - self.spent
             while state.global_step and len(values) < len(rows) and (more := self.ask(model, rows[len(values) :], stop)):
                 values += more
             self.end = time.perf_counter()
-            self.seconds += self.end - start
-            metrics["eval_task"] = 0.0 if not state.global_step else -1.0 - metrics["eval_loss"]
+            self.spent += self.end - start
+            metrics["eval_task"] = -1.0 - loss
             if values:
                 common = min(len(values), len(self.best) or len(values))
+                metrics["eval_task"] = sum(values[:common]) / common - 1e-6 * loss
                 if self.best:
                     state.best_metric = sum(self.best[:common]) / common - 1e-6 * self.loss
-                metrics["eval_task"] = sum(values[:common]) / common - 1e-6 * metrics["eval_loss"]
-                if not self.best or metrics["eval_task"] > state.best_metric:
-                    self.best, self.loss, self.step = values, metrics["eval_loss"], state.global_step
+                if state.best_metric is None or metrics["eval_task"] > state.best_metric:
+                    self.best, self.loss, self.step = values, loss, state.global_step
                 self.looks += 1
                 self.trainer.log({"eval_task": sum(values) / len(values), "eval_task_rows": len(values)})
 
         def ask(self, model, left, stop) -> list[float]:
             """Values of the first few rows; none where time is too short for them, or ran out over them."""
-            start = time.perf_counter()
-            n = min(settings.evaluate.batch_size, int((stop - start) / self.each)) if self.each else 4
-            if n < 1 or start >= stop:
+            start, training = time.perf_counter(), model.training
+            part = left[: min(settings.evaluate.batch_size, int((stop - start) / self.each)) if self.each else 4]
+            if not part or start >= stop:
                 return []
-            part, training = left[:n], model.training
             texts = [render(tokenizer, prompt_messages(contract, row), add_generation_prompt=True) for row in part]
             how = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
             batch = tokenizer(texts, **how).to(model.device)
@@ -113,19 +111,17 @@ def task_metric(settings, contract, tokenizer, stops: set[int], rows):
                     eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id, max_time=stop - start,
                 )  # fmt: skip
             model.train(training)
-            spent = time.perf_counter() - start
-            if cut := start + spent >= stop:
-                self.each = max(2 * self.each, 2 * spent / len(part))
-            else:
-                self.each = spent / len(part)
+            now, each = time.perf_counter(), (time.perf_counter() - start) / len(part)
+            self.each = each if now < stop else 2 * max(self.each, each)  # cut off: they would have taken longer
             answers = tokenizer.batch_decode(given[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            return [] if cut else [score_row(contract, r, Answer(a, 0.0)).value for r, a in zip(part, answers, strict=True)]
+            judged = [score_row(contract, row, Answer(text, 0.0)).value for row, text in zip(part, answers, strict=True)]
+            return judged if now < stop else []
 
         def summary(self) -> dict:
             """Best value, its step and rows, and the share of the training time that all looks took."""
             best = {"task_best": sum(self.best) / len(self.best), "best_step": self.step} if self.best else {}
-            trained = max(1e-9, self.end - self.begin - self.seconds)
-            return {**best, "task_rows": len(self.best), "task_looks": self.looks, "task_share": round(self.seconds / trained, 4)}
+            share = self.spent / max(1e-9, self.end - self.begin - self.spent)
+            return {**best, "task_rows": len(self.best), "task_looks": self.looks, "task_share": round(share, 4)}
 
     return TaskMetric()
 

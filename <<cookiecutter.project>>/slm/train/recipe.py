@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from slm import registry
@@ -136,7 +135,7 @@ def estimate(settings, examples: list) -> dict:
         "rows": len(examples), "steps": steps, "rows per step": per_step, "tokens": tokens,
         "share trained on": round(trained / length, 3), "longest row": max(len(e.input_ids) for e in examples),
         "minutes": round(tokens / speed / 60, 1), "speed": f"{speed:.0f} tokens/s ({source})",
-        "memory": "about {:.1f} GB of {:.1f} GB free".format(sum(memory(settings, examples).values()) / 1e9, free_memory() / 1e9),
+        "memory": f"about {sum(memory(settings, examples).values()) / 1e9:.1f} GB of {free_memory() / 1e9:.1f} GB free",
     }  # fmt: skip
 
 
@@ -149,45 +148,40 @@ def memory(settings, examples: list, batch: int = 0) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    recipe, force, folder = settings.train, in_force(settings), base_folder(settings)
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    longest = max(len(e.input_ids) for e in examples)
-    if longest > (most := getattr(config, "max_position_embeddings", longest)):
-        raise SlmError(f"a row has {longest} tokens, {folder.name} reads {most}; shorten it in 04_curate, or choose another base.")
+    recipe, force, full = settings.train, in_force(settings), settings.train.method == "full"
+    config = AutoConfig.from_pretrained(base_folder(settings)).get_text_config()
+    s, h, depth = max(len(e.input_ids) for e in examples), config.hidden_size, config.num_hidden_layers
+    if s > config.max_position_embeddings:
+        mend = "shorten it in 04_curate, or choose another model.base"
+        raise SlmError(f"a row has {s} tokens, {settings.model.base} reads {config.max_position_embeddings}; {mend}.")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         total = trained = sum(p.numel() for p in model.parameters())
-        packed = sum(m.weight.numel() for n, m in model.named_modules() if type(m) is torch.nn.Linear and "head" not in n)
-        if recipe.method != "full":
-            adapted = get_peft_model(model, LoraConfig(**lora_arguments(settings)))
-            trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    full, wide = recipe.method == "full", 4 if recipe.method == "full" or force["precision"] == "fp32" else 2
-    batch, depth, width = batch or recipe.batch_size_per_device, config.num_hidden_layers, config.hidden_size
-    layer = longest * width * (34 + (5 * config.num_attention_heads * longest / width) * (force["attention"] == "eager"))
-    depth = min(recipe.lora_layers or depth, depth)
-    kept = layer + depth * 2 * longest * width if recipe.gradient_checkpointing else depth * layer
+        if not full:
+            trained, _ = get_peft_model(model, LoraConfig(**lora_arguments(settings))).get_nb_trainable_parameters()
+    wide, batch = 4 if full or force["precision"] == "fp32" else 2, batch or recipe.batch_size_per_device
+    packed = (total - config.vocab_size * h) * (wide - 4.13 / 8) if force["load_in_4bit"] else 0
+    layer = s * h * (34 + 5 * config.num_attention_heads * s / h * (force["attention"] == "eager"))
+    upper = min(recipe.lora_layers or depth, depth)
+    kept = layer + upper * 2 * s * h if recipe.gradient_checkpointing else upper * layer
     answer = max(sum(label != -100 for label in e.labels) for e in examples)
     return {
-        "weights": total * wide - (packed * (wide - 4.13 / 8) if force["load_in_4bit"] else 0),
-        "adapters": 0 if full else 4 * trained, "gradients": 4 * trained,
+        "weights": total * wide - packed, "adapters": 0 if full else 4 * trained, "gradients": 4 * trained,
         "optimizer": trained * (2 if "8bit" in force["optimizer"] else 8),
         "activations": batch * kept * wide / 2, "logits": batch * answer * config.vocab_size * 12,
     }  # fmt: skip
 
 
 def free_memory() -> float:
-    """Bytes that are free on the GPU, or without one on this machine, within the limit of its container."""
+    """Bytes that are free on the GPU, or without one on this machine, and no more than its container may take."""
     import psutil
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
-        free = min(free, limit - used + int(cached[1]))
-    return free
+    limit = Path("/sys/fs/cgroup/memory.max")
+    most = limit.read_text().strip() if limit.is_file() else "max"
+    return min(psutil.virtual_memory().available, float("inf" if most == "max" else most))
 
 
 def check_room(settings, examples: list, out: Path) -> None:
@@ -198,18 +192,16 @@ def check_room(settings, examples: list, out: Path) -> None:
         mend = "a smaller model.base, train.method qlora, gradient_checkpointing true, a lower lora_rank or shorter rows"
         raise SlmError(f"training needs about {sum(need.values()) / 1e9:.1f} GB ({parts}), {free / 1e9:.1f} GB are free: {mend}.")
     out.mkdir(parents=True, exist_ok=True)
-    saved = "weights" if settings.train.method == "full" else "adapters"
-    need, free = 3 * (need[saved] + need["optimizer"]), shutil.disk_usage(out).free  # two are kept while one is written
-    if need > free:
+    need = 3 * (need["adapters"] or need["weights"]) + 3 * need["optimizer"]  # two are kept while one is written
+    if need > (free := shutil.disk_usage(out).free):
         raise SlmError(f"{out}: checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room on this disk.")
 
 
 def halved(settings):
     """The same recipe with half the rows at once, or the next fewer that divide them, and as many rows per step."""
-    recipe = settings.train
-    batch = next(n for n in range(recipe.batch_size_per_device // 2, 0, -1) if recipe.batch_size_per_device % n == 0)
-    steps = recipe.gradient_accumulation_steps * recipe.batch_size_per_device // batch
-    smaller = {"batch_size_per_device": batch, "gradient_accumulation_steps": steps}
+    recipe, rows = settings.train, settings.train.batch_size_per_device
+    batch = next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
+    smaller = {"batch_size_per_device": batch, "gradient_accumulation_steps": recipe.gradient_accumulation_steps * rows // batch}
     return settings.model_copy(update={"train": recipe.model_copy(update=smaller)})
 
 

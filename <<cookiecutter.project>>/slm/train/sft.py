@@ -235,11 +235,11 @@ def _facts(settings, contract, tokenizer) -> dict:
         print("WARNING: these rows are not a recorded dataset version; run 04_curate, or the release gate will not pass.")
     facts = {"rows": files, "contract": contract.schema_hash, "chat_template": hash_text(tokenizer.chat_template)}
     facts["base_hash"] = base_hash(settings)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=settings.root, capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=settings.root, capture_output=True, text=True, check=False)
     return head(settings) | {
         "recipe_hash": recipe_hash(settings, **facts),
         "parents": {"dataset": known[-1]["version"] if known else None, "base": settings.model.base, **facts},
-        "commit": head.stdout.strip() or None, "packages": {name: _version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() or None, "packages": {name: _version(name) for name in PACKAGES},
         "seeds": {"train": settings.train.seed, "split": settings.curate.seed}, "device": in_force(settings)["device"],
         "recipe": settings.train.model_dump(),
     }  # fmt: skip
