@@ -86,7 +86,7 @@ def prepare(settings, contract, tokenizer, rows: dict[str, list[Row]]) -> dict[s
     examples = {name: encode(part, contract, tokenizer, stops, settings.train.max_seq_length) for name, part in rows.items()}
     preview(rows["train"], examples["train"], contract, tokenizer, stops)
     check_room(settings, [*examples["train"], *examples["dev_internal"]], adapter_folder(settings))
-    if settings.train.early_stopping_metric == "task" and os.environ.get("WORLD_SIZE", "1") != "1":
+    if settings.train.early_stopping_metric == "task" and not _one_process():
         raise SlmError("train.early_stopping_metric task: on one process only; set loss under accelerate launch.")
     return examples
 
@@ -102,7 +102,7 @@ def fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, 
         except Exception as error:
             if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in str(error):
                 raise SlmError(f"{adapter_folder(settings)}: no room on this disk; make some and run again.") from error
-            if not out_of_memory(error) or os.environ.get("WORLD_SIZE", "1") != "1":
+            if not out_of_memory(error) or not _one_process():
                 raise
             if settings.train.batch_size_per_device == 1:
                 mend = "set gradient_checkpointing true, method qlora, or a smaller model.base"
@@ -155,11 +155,12 @@ def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool,
     )
     if looks:
         looks.trainer = trainer
-    before, begin = general_loss(trainer.model, tokenizer), time.perf_counter()
+    before, begin = general_loss(trainer.model, tokenizer) if _one_process() else None, time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         metrics = _metrics(trainer.state, time.perf_counter() - begin) | (looks.summary() if looks else {})
-        metrics |= {"general_loss_first": before, "general_loss_final": general_loss(trainer.model, tokenizer)}
+        if _one_process():
+            metrics |= {"general_loss_first": before, "general_loss_final": general_loss(trainer.model, tokenizer)}
         save(settings, trainer, tokenizer)
     finally:
         if trainer.is_world_process_zero():
@@ -243,6 +244,11 @@ def _facts(settings, contract, tokenizer) -> dict:
         "seeds": {"train": settings.train.seed, "split": settings.curate.seed}, "device": in_force(settings)["device"],
         "recipe": settings.train.model_dump(),
     }  # fmt: skip
+
+
+def _one_process() -> bool:
+    """Whether the model is whole in this process, which is alone."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _first_process() -> bool:
