@@ -1,5 +1,6 @@
 """The command line: every refusal is one sentence and exit code 1."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -42,6 +43,37 @@ def run(
     records = runner.run(settings, stages, config, overrides, resume)
     total = sum(record["seconds"] for record in records)
     print(f"run {run_id}: {len(records)} stages, {total / 60:.1f} minutes; see outputs/runs/{run_id}/")
+
+
+@app.command()
+def sanity(
+    profile: Profile = "default", run_id: RunId = "dev",
+    s: Annotated[list[str] | None, typer.Option("-s", help="A setting for this run, key=value; repeatable.")] = None,
+    rows: Annotated[int, typer.Option(help="How many accepted rows.", min=1)] = 100,
+    config: Config = "project.yaml",
+) -> None:  # fmt: skip
+    """Train 100 accepted rows and ask them again: 95 % must come back, or exit 1 with the likely cause."""
+    from slm.train.sanity import sanity as check
+
+    settings = load_settings(config, profile, dict(parse_override(item) for item in s or []), run_id)
+    metrics = check(settings, project_contract(settings), rows)["metrics"]
+    print(f"sanity: {metrics['exact']} of {metrics['rows']} rows learnt in {metrics['steps']} steps; format, mask, template and "
+          "learning rate are sound.")  # fmt: skip
+
+
+@app.command()
+def advise(run_id: str, config: Config = "project.yaml") -> None:
+    """What to change in the recipe after a run, as settings, with the evidence."""
+    from slm.train.adviser import advise as advice
+
+    found = advice(load_settings(config, "default", {}, run_id), run_id)
+    print(*(found or [f"run {run_id}: nothing to change in the recipe; 07_repair looks at the rows."]), sep="\n")
+
+
+def project_contract(settings):
+    """The contract in the project's task/contract.py."""
+    sys.path.insert(0, str(settings.root))
+    return importlib.import_module("task.contract").contract
 
 
 @app.command()

@@ -152,6 +152,7 @@ class Train(Section):
     eval_steps: int = Field(100, ge=1)
     save_steps: int = Field(100, ge=1)
     early_stopping: bool = True
+    early_stopping_metric: Literal["loss", "task"] = "loss"  # of dev_internal; task: what the model really answers
     seed: int = 0
 
 

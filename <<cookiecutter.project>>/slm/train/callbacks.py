@@ -1,13 +1,29 @@
-"""What is watched while training: the trackers' local homes, the log as CSV and the loss curve."""
+"""What is watched while training: the task metric, numbers gone wrong, the trackers' local homes, log and loss curve."""
 
 import csv
 import io
+import math
 import os
+import time
 from pathlib import Path
 
+from slm.errors import SlmError
+from slm.evaluate.scorers import prompt_messages, score_row
+from slm.models import Answer
 from slm.rows import write_text
+from slm.train.encode import render
 
-COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "num_tokens")
+COLUMNS = ("step", "epoch", "loss", "eval_loss", "eval_task", "eval_task_rows", "learning_rate", "grad_norm",
+           "mean_token_accuracy", "num_tokens")  # fmt: skip
+SHARE = 0.1  # of the training time, that looks at the task metric may take
+PROBE = {  # everyday questions: their loss before and after shows what a narrow training has overwritten
+    "What is the capital of France?": "The capital of France is Paris.",
+    "How many days are in a week?": "There are seven days in a week.",
+    "What color is the sky on a clear day?": "On a clear day the sky is blue.",
+    "Write a sentence about a dog.": "The dog ran across the field to catch the ball.",
+    "What is two plus three?": "Two plus three is five.",
+    "Why do people sleep?": "People sleep so that their body and mind can rest and recover.",
+}
 
 
 def set_tracker(settings) -> None:
@@ -32,12 +48,106 @@ def set_tracker(settings) -> None:
         os.environ.setdefault(key, value)
 
 
+def watch(enough: float = 0.0):
+    """A callback that ends a run whose loss is not a number, and one whose training loss is below `enough`."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            for name in ("loss", "eval_loss"):
+                if not math.isfinite(logs.get(name, 0)):
+                    mend = "lower train.learning_rate, or set train.precision fp32"
+                    raise SlmError(f"the {name} is {logs[name]} at step {state.global_step}; {mend}.")
+            control.should_training_stop |= logs.get("loss", enough) < enough
+
+    return Watch()
+
+
+def task_metric(settings, contract, tokenizer, stops: set[int], rows):
+    """A callback that sets `eval_task` at each evaluation after step 0: the primary metric's mean over answers that
+    the model in training really generates for `rows`, always the same first ones. It asks as many as fit into SHARE of
+    the training time so far; checkpoints are compared on the rows that both have answered, ties go to the lower loss,
+    and the loss alone decides while no row could be afforded. `.trainer` must be set; `.summary()` is for the record."""
+    import torch
+    from transformers import TrainerCallback
+
+    class TaskMetric(TrainerCallback):
+        trainer, begin, end, spent, each, best, loss, step, looks = None, 0.0, 0.0, 0.0, 0.0, [], 0.0, 0, 0
+
+        def on_train_begin(self, args, state, control, **_):
+            self.begin = time.perf_counter()
+
+        def on_evaluate(self, args, state, control, metrics, model, **_):
+            start, values, loss = time.perf_counter(), [], metrics["eval_loss"]
+            stop = start + SHARE * (start - self.begin - self.spent) - self.spent
+            while state.global_step and len(values) < len(rows) and (more := self.ask(model, rows[len(values) :], stop)):
+                values += more
+            self.end = time.perf_counter()
+            self.spent += self.end - start
+            metrics["eval_task"] = -1.0 - loss
+            if values:
+                common = min(len(values), len(self.best) or len(values))
+                metrics["eval_task"] = sum(values[:common]) / common - 1e-6 * loss
+                if self.best:
+                    state.best_metric = sum(self.best[:common]) / common - 1e-6 * self.loss
+                if state.best_metric is None or metrics["eval_task"] > state.best_metric:
+                    self.best, self.loss, self.step = values, loss, state.global_step
+                self.looks += 1
+                self.trainer.log({"eval_task": sum(values) / len(values), "eval_task_rows": len(values)})
+
+        def ask(self, model, left, stop) -> list[float]:
+            """Values of the first few rows; none where time is too short for them, or ran out over them."""
+            start, training = time.perf_counter(), model.training
+            part = left[: min(settings.evaluate.batch_size, int((stop - start) / self.each)) if self.each else 4]
+            if not part or start >= stop:
+                return []
+            texts = [render(tokenizer, prompt_messages(contract, row), add_generation_prompt=True) for row in part]
+            how = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+            batch = tokenizer(texts, **how).to(model.device)
+            model.eval()
+            with torch.no_grad():
+                given = model.generate(
+                    **batch, max_new_tokens=settings.evaluate.max_new_tokens, do_sample=False, use_cache=True,
+                    eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id, max_time=stop - start,
+                )  # fmt: skip
+            model.train(training)
+            now, each = time.perf_counter(), (time.perf_counter() - start) / len(part)
+            self.each = each if now < stop else 2 * max(self.each, each)  # cut off: they would have taken longer
+            answers = tokenizer.batch_decode(given[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            judged = [score_row(contract, row, Answer(text, 0.0)).value for row, text in zip(part, answers, strict=True)]
+            return judged if now < stop else []
+
+        def summary(self) -> dict:
+            """Best value, its step and rows, and the share of the training time that all looks took."""
+            best = {"task_best": sum(self.best) / len(self.best), "best_step": self.step} if self.best else {}
+            share = self.spent / max(1e-9, self.end - self.begin - self.spent)
+            return {**best, "task_rows": len(self.best), "task_looks": self.looks, "task_share": round(share, 4)}
+
+    return TaskMetric()
+
+
+def general_loss(model, tokenizer) -> float:
+    """The loss (nats per answer token) on PROBE, everyday questions that have nothing to do with the task."""
+    import torch
+
+    training, found = model.training, []
+    model.eval()
+    for question, answer in PROBE.items():
+        asked = render(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+        ids, rest = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (asked, answer))
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + rest], device=model.device)).logits[0, len(ids) - 1 : -1].float()
+        found.append(torch.nn.functional.cross_entropy(logits, torch.tensor(rest, device=logits.device)).item())
+    model.train(training)
+    return sum(found) / len(found)
+
+
 def write_log(history: list[dict], path: Path) -> Path:
     """The trainer's log history as CSV, one line per logged step; empty where a step has no such value."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    logged = (entry for entry in history if "loss" in entry or "eval_loss" in entry)
+    logged = (entry for entry in history if {"loss", "eval_loss", "eval_task"} & entry.keys())
     writer.writerows({"mean_token_accuracy": entry.get("eval_mean_token_accuracy"), **entry} for entry in logged)
     return write_text(path, text.getvalue())
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 from slm import registry
@@ -69,7 +70,8 @@ def sft_arguments(settings, out: Path, rows: int) -> dict:
         "logging_steps": max(1, min(10, steps // 20)), "logging_first_step": True,
         "eval_strategy": "steps", "eval_on_start": True, "eval_steps": recipe.eval_steps,
         "save_strategy": "steps", "save_steps": recipe.save_steps, "save_total_limit": 2,
-        "load_best_model_at_end": recipe.early_stopping, "metric_for_best_model": "eval_loss", "greater_is_better": False,
+        "load_best_model_at_end": recipe.early_stopping, "metric_for_best_model": f"eval_{recipe.early_stopping_metric}",
+        "greater_is_better": recipe.early_stopping_metric == "task", "logging_nan_inf_filter": False,
     }  # fmt: skip
 
 
@@ -133,7 +135,74 @@ def estimate(settings, examples: list) -> dict:
         "rows": len(examples), "steps": steps, "rows per step": per_step, "tokens": tokens,
         "share trained on": round(trained / length, 3), "longest row": max(len(e.input_ids) for e in examples),
         "minutes": round(tokens / speed / 60, 1), "speed": f"{speed:.0f} tokens/s ({source})",
+        "memory": f"about {sum(memory(settings, examples).values()) / 1e9:.1f} GB of {free_memory() / 1e9:.1f} GB free",
     }  # fmt: skip
+
+
+def memory(settings, examples: list, batch: int = 0) -> dict[str, float]:
+    """Rough bytes of a run whose batches hold the longest row: weights, adapters, gradients, optimizer, activations,
+    logits. A layer keeps s x h x (34 + 5 x a x s / h) bytes a row in 16 bit (Korthikanti et al. 2022), without the
+    second term where attention is fused, and its input alone under gradient checkpointing; a 4-bit weight is 4.13 bits
+    (Dettmers et al. 2023). Raises SlmError for a row longer than the base model's context."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe, force, full = settings.train, in_force(settings), settings.train.method == "full"
+    config = AutoConfig.from_pretrained(base_folder(settings)).get_text_config()
+    s, h, depth = max(len(e.input_ids) for e in examples), config.hidden_size, config.num_hidden_layers
+    if s > config.max_position_embeddings:
+        mend = "shorten it in 04_curate, or choose another model.base"
+        raise SlmError(f"a row has {s} tokens, {settings.model.base} reads {config.max_position_embeddings}; {mend}.")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        total = trained = sum(p.numel() for p in model.parameters())
+        if not full:
+            trained, _ = get_peft_model(model, LoraConfig(**lora_arguments(settings))).get_nb_trainable_parameters()
+    wide, batch = 4 if full or force["precision"] == "fp32" else 2, batch or recipe.batch_size_per_device
+    packed = (total - config.vocab_size * h) * (wide - 4.13 / 8) if force["load_in_4bit"] else 0
+    layer = s * h * (34 + 5 * config.num_attention_heads * s / h * (force["attention"] == "eager"))
+    upper = min(recipe.lora_layers or depth, depth)
+    kept = layer + upper * 2 * s * h if recipe.gradient_checkpointing else upper * layer
+    answer = max(sum(label != -100 for label in e.labels) for e in examples)
+    return {
+        "weights": total * wide - packed, "adapters": 0 if full else 4 * trained, "gradients": 4 * trained,
+        "optimizer": trained * (2 if "8bit" in force["optimizer"] else 8),
+        "activations": batch * kept * wide / 2, "logits": batch * answer * config.vocab_size * 12,
+    }  # fmt: skip
+
+
+def free_memory() -> float:
+    """Bytes that are free on the GPU, or without one on this machine, and no more than its container may take."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    most = limit.read_text().strip() if limit.is_file() else "max"
+    return min(psutil.virtual_memory().available, float("inf" if most == "max" else most))
+
+
+def check_room(settings, examples: list, out: Path) -> None:
+    """Raises SlmError when not even one row at a time fits into memory, or no checkpoint onto the disk of `out`."""
+    need, free = memory(settings, examples, batch=1), free_memory()
+    if sum(need.values()) > free:
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.items())
+        mend = "a smaller model.base, train.method qlora, gradient_checkpointing true, a lower lora_rank or shorter rows"
+        raise SlmError(f"training needs about {sum(need.values()) / 1e9:.1f} GB ({parts}), {free / 1e9:.1f} GB are free: {mend}.")
+    out.mkdir(parents=True, exist_ok=True)
+    need = 3 * (need["adapters"] or need["weights"]) + 3 * need["optimizer"]  # two are kept while one is written
+    if need > (free := shutil.disk_usage(out).free):
+        raise SlmError(f"{out}: checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room on this disk.")
+
+
+def halved(settings):
+    """The same recipe with half the rows at once, or the next fewer that divide them, and as many rows per step."""
+    recipe, rows = settings.train, settings.train.batch_size_per_device
+    batch = next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
+    smaller = {"batch_size_per_device": batch, "gradient_accumulation_steps": recipe.gradient_accumulation_steps * rows // batch}
+    return settings.model_copy(update={"train": recipe.model_copy(update=smaller)})
 
 
 def recipe_hash(settings, **facts) -> str:

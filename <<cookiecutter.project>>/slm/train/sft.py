@@ -1,7 +1,8 @@
 """Supervised fine-tuning: checks first, then train, resume, save, record. A run that fails is closed as failed."""
 
+import errno
+import gc
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -17,24 +18,28 @@ from slm.evaluate import baselines
 from slm.models import base_hash
 from slm.models.hf import hash_text
 from slm.rows import Row, read_rows, write_json, write_text
-from slm.train.callbacks import plot_loss, set_tracker, write_log
+from slm.train.callbacks import general_loss, plot_loss, set_tracker, task_metric, watch, write_log
 from slm.train.cpu import patch_trl
 from slm.train.encode import Example, encode, load_tokenizer, preview, stop_ids
-from slm.train.recipe import PATIENCE, import_trainer, in_force, recipe_hash, sft_arguments
+from slm.train.recipe import PATIENCE, check_room, estimate, halved, import_trainer, in_force, recipe_hash, sft_arguments
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo")
 
 
 def training_rows(settings) -> dict[str, list[Row]]:
     """The accepted rows to train on and to watch the loss on: {"train": …, "dev_internal": …}. Raises SlmError when
-    02 left no baselines or 04 no rows: without them nothing could be claimed about the result."""
+    02 left no baselines or 04 no rows: without them nothing could be claimed about the result; and when a row of an
+    evaluation set is among them."""
     baselines.require_baselines(settings)
-    found = {}
+    found, locked = {}, [settings.path(f"data/eval/{name}.jsonl") for name in registry.SETS]
+    kept = {key for file in locked if file.is_file() for row in read_rows(file) for key in (row.id, row.user)}
     for name in ("train", "dev_internal"):
         path = settings.path(f"data/accepted/{name}.jsonl")
         rows = read_rows(path) if path.is_file() else []
         if not rows:
             raise SlmError(f"{path}: no accepted rows; run 04_curate before training.")
+        if known := [row.id for row in rows if {row.id, row.user} & kept]:
+            raise SlmError(f"{path}: row {known[0]} stands in data/eval; nothing is trained or chosen on it, run 04_curate again.")
         found[name] = rows
     return found
 
@@ -46,17 +51,17 @@ def adapter_folder(settings) -> Path:
 
 def train(settings, contract, resume: bool = True) -> dict:
     """Train, save to outputs/adapters/<run_id> and record the run; returns its line of registry/runs.jsonl. A killed
-    run goes on from its newest checkpoint when recipe, rows, contract and template are the same."""
-    import_trainer(settings)
-    rows = training_rows(settings)
-    tokenizer = load_tokenizer(settings)
-    stops = stop_ids(settings, tokenizer)
-    examples = {name: encode(part, contract, tokenizer, stops, settings.train.max_seq_length) for name, part in rows.items()}
-    preview(rows["train"], examples["train"], contract, tokenizer, stops)
-    record = _facts(settings, contract, tokenizer)
-    begin = time.perf_counter()
+    run goes on from its newest checkpoint when recipe, rows, contract and template are the same. Out of memory, it
+    goes on with half the rows at once and as many per step. Whatever ends it, the record is closed."""
+    record, begin = head(settings), time.perf_counter()
     try:
-        metrics = _fit(settings, tokenizer, examples, record["recipe_hash"], resume)
+        import_trainer(settings)
+        rows = training_rows(settings)
+        tokenizer = load_tokenizer(settings)
+        examples = prepare(settings, contract, tokenizer, rows)
+        record = _facts(settings, contract, tokenizer)
+        settings, metrics = fit(settings, contract, tokenizer, rows, examples, record["recipe_hash"], resume)
+        metrics["longest_row"] = max(len(e.input_ids) for e in examples["train"])
     except BaseException as error:
         failed = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
         if _first_process():
@@ -69,13 +74,53 @@ def train(settings, contract, resume: bool = True) -> dict:
     cost.add(settings, "gpu_training_cost", money, hours=round(seconds / 3600, 5))
     files = [f for f in sorted(adapter_folder(settings).iterdir()) if f.is_file()]
     record |= {
-        "status": "completed", "metrics": metrics, "seconds": seconds, "cost": round(money, 6),
+        "status": "completed", "metrics": metrics, "recipe": settings.train.model_dump(), "seconds": seconds, "cost": round(money, 6),
         "artefacts": {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files},
     }  # fmt: skip
     return registry.append(settings, "runs", record)
 
 
-def _fit(settings, tokenizer, examples: dict[str, list[Example]], mark: str, resume: bool) -> dict:
+def prepare(settings, contract, tokenizer, rows: dict[str, list[Row]]) -> dict[str, list[Example]]:
+    """The rows as tokens, after every check that can be made before training. Raises SlmError."""
+    stops = stop_ids(settings, tokenizer)
+    examples = {name: encode(part, contract, tokenizer, stops, settings.train.max_seq_length) for name, part in rows.items()}
+    preview(rows["train"], examples["train"], contract, tokenizer, stops)
+    check_room(settings, [*examples["train"], *examples["dev_internal"]], adapter_folder(settings))
+    if settings.train.early_stopping_metric == "task" and not _one_process():
+        raise SlmError("train.early_stopping_metric task: on one process only; set loss under accelerate launch.")
+    return examples
+
+
+def fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float = 0.0) -> tuple:
+    """Train and save; the settings that went through, and the metrics. `mark` names what a checkpoint must be of; below
+    a training loss of `enough` it ends early. Raises SlmError when memory or disk run out."""
+    plan = estimate(settings, examples["train"])
+    print(f"{plan['steps']} steps, about {plan['minutes']} minutes ({plan['speed']}), memory {plan['memory']}")
+    while True:
+        try:
+            return settings, _fit(settings, contract, tokenizer, rows, examples, mark, resume, enough)
+        except Exception as error:
+            if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in str(error):
+                raise SlmError(f"{adapter_folder(settings)}: no room on this disk; make some and run again.") from error
+            if not out_of_memory(error) or not _one_process():
+                raise
+            if settings.train.batch_size_per_device == 1:
+                mend = "set gradient_checkpointing true, method qlora, or a smaller model.base"
+                raise SlmError(f"out of memory with one row at a time ({error}); {mend}.") from None
+        settings = halved(settings)
+        gc.collect()  # what the failed attempt held
+        train = settings.train
+        print(f"out of memory: going on with batch_size_per_device {train.batch_size_per_device} and "
+              f"gradient_accumulation_steps {train.gradient_accumulation_steps}.")  # fmt: skip
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it was memory that ran out, of the GPU or of the machine."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float) -> dict:
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
     from trl import SFTConfig, SFTTrainer
@@ -94,20 +139,28 @@ def _fit(settings, tokenizer, examples: dict[str, list[Example]], mark: str, res
     elif start is not None:
         print(f"resuming from {start.relative_to(settings.root)}")
     arguments = SFTConfig(**sft_arguments(settings, checkpoints, len(examples["train"])))
-    rows, dev = (
+    train, dev = (
         Dataset.from_dict({"input_ids": [e.input_ids for e in part], "labels": [e.labels for e in part]})
         for part in (examples["train"], sorted(examples["dev_internal"], key=lambda e: len(e.input_ids)))
     )
-    stopping = [EarlyStoppingCallback(early_stopping_patience=PATIENCE)] if settings.train.early_stopping else []
+    recipe, watching, looks = settings.train, [watch(enough)], None
+    if recipe.early_stopping_metric == "task":
+        watching.append(looks := task_metric(settings, contract, tokenizer, stop_ids(settings, tokenizer), rows["dev_internal"]))
+    if recipe.early_stopping:
+        watching.append(EarlyStoppingCallback(early_stopping_patience=PATIENCE))
     trainer = SFTTrainer(
-        model=load(settings), args=arguments, train_dataset=rows, eval_dataset=dev, processing_class=tokenizer,
+        model=load(settings), args=arguments, train_dataset=train, eval_dataset=dev, processing_class=tokenizer,
         # Pads to the longest row of the batch; packed rows need TRL's own collator.
-        callbacks=stopping, data_collator=None if arguments.packing else DataCollatorForSeq2Seq(tokenizer),
+        callbacks=watching, data_collator=None if arguments.packing else DataCollatorForSeq2Seq(tokenizer),
     )
-    begin = time.perf_counter()
+    if looks:
+        looks.trainer = trainer
+    before, begin = general_loss(trainer.model, tokenizer) if _one_process() else None, time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-        metrics = _metrics(trainer.state, time.perf_counter() - begin)
+        metrics = _metrics(trainer.state, time.perf_counter() - begin) | (looks.summary() if looks else {})
+        if _one_process():
+            metrics |= {"general_loss_first": before, "general_loss_final": general_loss(trainer.model, tokenizer)}
         save(settings, trainer, tokenizer)
     finally:
         if trainer.is_world_process_zero():
@@ -155,18 +208,23 @@ def save(settings, trainer, tokenizer) -> None:
 
 
 def _metrics(state, seconds: float) -> dict:
-    """First and last losses, and speed, from the trainer's log. Raises SlmError when a loss is not a finite number."""
+    """First and last losses, and speed, from the trainer's log."""
     losses = [(e["step"], e["loss"]) for e in state.log_history if "loss" in e]
     dev = [(e["step"], e["eval_loss"]) for e in state.log_history if "eval_loss" in e]
-    for step, value in (*losses, *dev):
-        if not math.isfinite(value):
-            raise SlmError(f"the loss is {value} at step {step}; lower train.learning_rate, or set train.precision fp32.")
     tokens = max((e["num_tokens"] for e in state.log_history if "num_tokens" in e), default=0)
     best = min(dev, key=lambda point: point[1])
     return {
         "steps": state.global_step, "epochs": round(state.epoch, 3), "loss_first": losses[0][1], "loss_final": losses[-1][1],
         "dev_loss_first": dev[0][1], "dev_loss_best": best[1], "dev_loss_final": dev[-1][1], "best_step": best[0],
         "tokens": int(tokens), "train_seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds, 1),
+    }  # fmt: skip
+
+
+def head(settings) -> dict:
+    """What a run record says of a run that never started."""
+    return {
+        "stage": "train", "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash,
+        "method": settings.train.method, "trainer": settings.train.trainer, "parents": {"base": settings.model.base},
     }  # fmt: skip
 
 
@@ -178,15 +236,19 @@ def _facts(settings, contract, tokenizer) -> dict:
         print("WARNING: these rows are not a recorded dataset version; run 04_curate, or the release gate will not pass.")
     facts = {"rows": files, "contract": contract.schema_hash, "chat_template": hash_text(tokenizer.chat_template)}
     facts["base_hash"] = base_hash(settings)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=settings.root, capture_output=True, text=True, check=False)
-    return {
-        "stage": "train", "run_id": settings.run_id, "profile": settings.profile, "settings": settings.hash,
-        "method": settings.train.method, "trainer": settings.train.trainer, "recipe_hash": recipe_hash(settings, **facts),
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=settings.root, capture_output=True, text=True, check=False)
+    return head(settings) | {
+        "recipe_hash": recipe_hash(settings, **facts),
         "parents": {"dataset": known[-1]["version"] if known else None, "base": settings.model.base, **facts},
-        "commit": head.stdout.strip() or None, "packages": {name: _version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() or None, "packages": {name: _version(name) for name in PACKAGES},
         "seeds": {"train": settings.train.seed, "split": settings.curate.seed}, "device": in_force(settings)["device"],
         "recipe": settings.train.model_dump(),
     }  # fmt: skip
+
+
+def _one_process() -> bool:
+    """Whether the model is whole in this process, which is alone."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _first_process() -> bool:

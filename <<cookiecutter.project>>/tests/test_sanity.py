@@ -1,0 +1,447 @@
+"""The sanity check, the task metric while training, memory and disk before it, bad input, and the adviser; planted faults."""
+
+import csv
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import test_train
+import yaml
+from test_train import SMOKE, WORDS, contract, settings_of
+from typer.testing import CliRunner
+
+from slm import registry
+from slm.errors import SlmError
+from slm.evaluate.metrics import Metric, Result
+from slm.evaluate.scorers import Score
+from slm.models import base_folder
+from slm.rows import make_row, read_rows, write_json, write_rows
+from slm.train import callbacks, encode, load_tokenizer, recipe, sft_arguments, train
+from slm.train.adviser import advise
+from slm.train.callbacks import SHARE, general_loss, task_metric
+from slm.train.encode import Example, stop_ids
+from slm.train.load import load_trl
+from slm.train.sanity import sanity
+
+project = test_train.project
+VALUES = [("bug", "low"), ("bug", "high"), ("billing", "low"), ("billing", "high")]
+
+
+def row(n: int, **more):
+    """A row whose answer differs from its neighbours'."""
+    if contract.name != "support_triage":
+        return make_row(f"the {WORDS[n % 12]} {n}", '{"tool":"none","arguments":{}}', category="none", **more)
+    label, priority = VALUES[n % 4]
+    answer = {"category": label, "priority": priority, "product": None, "order_id": None, "refund_requested": False, "language": "en"}
+    return make_row(f"{WORDS[n % 12]} {WORDS[(5 * n + 1) % 12]}", contract.dump(answer), category=label, **more)
+
+
+def fill(folder, rows):
+    """Training rows of a project."""
+    write_rows(folder / "data/accepted/train.jsonl", rows)
+
+
+def runs(folder):
+    """The project's run records."""
+    return registry.read(settings_of(folder), "runs")
+
+
+# The sanity check. The tiny model's random embeddings are so small that every probability stays near 1 / vocabulary;
+# fifteen times as large they tell tokens apart, and four rows can be learnt, which is what two layers hold in a minute.
+LEARNS = {"method": "full", "learning_rate": 5e-3, "batch_size_per_device": 2, "eval_steps": 50, "save_steps": 50}
+
+
+def loud(project):
+    """The tiny model with larger embeddings as the project's base."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source, target = base_folder(settings_of(project)), project / "base"
+    shutil.copytree(source, target)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(15)
+    model.save_pretrained(target)
+    (project / "project.yaml").write_text(yaml.safe_dump({**SMOKE, "model": {"base": str(target)}}))
+
+
+def test_rows_that_can_be_learnt_pass_the_sanity_check(project, monkeypatch):
+    """Guards against a check that nothing passes, and against an adapter or a run that it leaves behind."""
+    loud(project)
+    fill(project, [row(n) for n in range(4)])
+    monkeypatch.setattr("slm.train.sanity.EPOCHS", 80)  # rounds, where a trained base needs a quarter
+    record = sanity(settings_of(project, **LEARNS), contract, 4)
+    assert record["metrics"]["exact"] == record["metrics"]["rows"] == 4
+    assert (runs(project)[-1]["stage"], runs(project)[-1]["status"]) == ("sanity", "completed")
+    assert not (project / "outputs/adapters/r1-sanity").exists()
+
+
+def test_a_learning_rate_of_nothing_is_named(project):
+    """Guards against weeks of data work on a recipe that does not learn."""
+    fill(project, [row(n) for n in range(4)])
+    with pytest.raises(SlmError, match=r"0 of 4 rows learnt, 95% .* learning rate, too low.* went from \d"):
+        sanity(settings_of(project, **{**LEARNS, "learning_rate": 1e-12}), contract, 4)
+    assert runs(project)[-1]["status"] == "failed" and "too low" in runs(project)[-1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "cause"), [(lambda ids, n: [-100] * len(ids), "mask. row .*0%"), (lambda ids, n: [-100] * (n + 5) + ids[n + 5 :], "mask")]
+)
+def test_a_masked_answer_is_named(project, monkeypatch, keep, cause):
+    """Guards against answers that are not, or only half, trained."""
+
+    def masked(*given):
+        plain = encode(*given)
+        return [Example(e.id, e.input_ids, keep(e.input_ids, e.labels.count(-100))) for e in plain]
+
+    monkeypatch.setattr("slm.train.sft.encode", masked)
+    with pytest.raises(SlmError, match=f"likely cause: {cause}"):
+        sanity(settings_of(project), contract, 4)
+
+
+def test_a_wrong_stop_token_is_named(project, tmp_path):
+    """Guards against a base whose end token is not the one that its template writes: it would never stop."""
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder(settings_of(project)), folder)
+    for file in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        if (folder / file).is_file():
+            text = (folder / file).read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": "<|im_start|>"')
+            (folder / file).write_text(text.replace('"eos_token_id": 2', '"eos_token_id": 1'))
+    (project / "project.yaml").write_text(yaml.safe_dump({**SMOKE, "model": {"base": str(folder)}}))
+    with pytest.raises(SlmError, match="likely cause: template, its stop token"):
+        sanity(settings_of(project), contract, 4)
+
+
+def test_rows_that_nothing_could_learn_are_named(project):
+    """Guards against blaming the recipe for two answers to one message."""
+    fill(project, [row(0), row(0).model_copy(update={"id": "again"}).answered(row(1).answer)])
+    if row(0).answer != row(1).answer:
+        with pytest.raises(SlmError, match="data format.*one message, two answers"):
+            sanity(settings_of(project), contract)
+    fill(project, [make_row("hello", "Sure!", category="bug")])
+    with pytest.raises(SlmError, match="data format.*breaks the contract"):
+        sanity(settings_of(project), contract)
+
+
+def test_the_commands_print_one_sentence_and_fail(project, monkeypatch):
+    """Guards against a pipeline that goes on after a failed check."""
+    from slm.cli import app
+
+    monkeypatch.chdir(project)
+    fill(project, [make_row("hello", "Sure!", category="bug")])
+    for command in (["sanity", "--rows", "4"], ["advise", "nothing"]):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 1 and isinstance(done.exception, SlmError), done.output
+
+
+# The task metric.
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def looks(project, monkeypatch, right, seconds_per_row, step_seconds, steps=6, rows=12):
+    """Evaluate every `step_seconds` with a model that takes `seconds_per_row`, and answers row n rightly at step s where
+    right(s, n); returns the callback, what it gave the trainer, and rows asked per look."""
+    import torch
+
+    clock, settings = Clock(), settings_of(project)
+    monkeypatch.setattr("slm.train.callbacks.time", clock)
+    tokenizer, own = load_tokenizer(settings), [row(n, id=f"d{n}") for n in range(rows)]
+    watching = task_metric(settings, contract, tokenizer, stop_ids(settings, tokenizer), own)
+    watching.trainer = SimpleNamespace(log=lambda logs: logged.append(logs))
+    state, given, logged, texts = SimpleNamespace(global_step=0, best_metric=None), [], [], {}
+    for r in own:
+        texts[tokenizer.apply_chat_template(contract.messages(r)[:-1], tokenize=False, add_generation_prompt=True)] = r
+
+    class Student(torch.nn.Module):
+        device = "cpu"
+
+        def generate(self, input_ids, attention_mask, max_time, **_):
+            clock.now += min(max_time, len(input_ids) * seconds_per_row)
+            asked = [texts[tokenizer.decode(i[m.bool()])] for i, m in zip(input_ids, attention_mask, strict=True)]
+            said = [r.answer if right(state.global_step, int(r.id[1:])) else "no" for r in asked]
+            return torch.cat([input_ids, tokenizer(said, padding=True, return_tensors="pt")["input_ids"]], 1)
+
+    student = Student()
+    watching.on_train_begin(None, state, None)
+    for step in range(steps + 1):
+        state.global_step = step
+        metrics = {"eval_loss": 1.0}
+        watching.on_evaluate(None, state, None, metrics, student)
+        if step and metrics["eval_task"] > (-1e9 if state.best_metric is None else state.best_metric):
+            state.best_metric = metrics["eval_task"]
+        given.append(metrics["eval_task"])
+        clock.now += step_seconds
+    return watching, given, [entry["eval_task_rows"] for entry in logged]
+
+
+def test_looks_thin_themselves_to_a_tenth_of_the_training_time(project, monkeypatch):
+    """Guards against an evaluation that doubles the time of a training run."""
+    quick, _, all_rows = looks(project, monkeypatch, lambda s, n: True, seconds_per_row=0.1, step_seconds=100)
+    assert all_rows == [12] * 6 and quick.summary()["task_share"] < 0.02
+    slow, _, few = looks(project, monkeypatch, lambda s, n: True, seconds_per_row=2, step_seconds=100)
+    assert few[0] == 4 and max(few) < 12 and 0 < slow.summary()["task_share"] <= SHARE
+    never, given, none = looks(project, monkeypatch, lambda s, n: True, seconds_per_row=1000, step_seconds=100)
+    assert none == [] and never.summary()["task_share"] <= SHARE * 1.01 and given[1:] == [-2.0] * 6
+
+
+def test_checkpoints_are_compared_on_the_rows_that_both_answered(project, monkeypatch):
+    """Guards against a checkpoint that wins because its look took easier rows; ties go to the lower loss, so the first."""
+    watching, given, rows = looks(project, monkeypatch, lambda s, n: n in (0, 4), seconds_per_row=1.4, step_seconds=60)
+    assert rows[0] == 4 and max(rows) == 5  # the fifth row is right, and no reason to take a later checkpoint
+    assert watching.summary()["best_step"] == 1 and given[1] == pytest.approx(0.25, abs=1e-5)
+    better, _, _ = looks(project, monkeypatch, lambda s, n: s == 3, seconds_per_row=0.1, step_seconds=60)
+    assert better.summary()["best_step"] == 3 and better.summary()["task_best"] == 1
+
+
+def test_the_task_metric_of_a_real_run_is_in_its_log_and_record(project, monkeypatch):
+    """Guards against a choice by numbers that no answer stands behind, and against looks at an evaluation set."""
+    asked = []
+    monkeypatch.setattr(callbacks, "score_row", lambda c, r, a: (asked.append(r.id), SimpleNamespace(value=0.5))[1])
+    monkeypatch.setattr(callbacks, "SHARE", 5.0)  # four steps leave no time
+    metrics = train(settings_of(project, early_stopping_metric="task"), contract)["metrics"]
+    assert asked and {*asked} <= {r.id for r in read_rows(project / "data/accepted/dev_internal.jsonl")}
+    assert metrics["task_best"] == 0.5 and metrics["task_looks"] == 2 and metrics["best_step"] in (2, 4) and metrics["task_share"] > 0
+    log = list(csv.DictReader((project / "outputs/adapters/r1/training_log.csv").open()))
+    assert [line["step"] for line in log if line["eval_task"]] == ["2", "4"]
+    assert {"general_loss_first", "general_loss_final", "longest_row"} <= metrics.keys()
+
+
+def test_every_generation_argument_exists_in_the_installed_transformers(project):
+    """Guards against an argument that generation drops, such as the time that a look may take."""
+    from transformers import GenerationConfig
+
+    known = GenerationConfig()
+    assert all(hasattr(known, n) for n in ("max_new_tokens", "do_sample", "use_cache", "eos_token_id", "pad_token_id", "max_time"))
+    made = sft_arguments(settings_of(project, early_stopping_metric="task"), project, 16)
+    assert (made["metric_for_best_model"], made["greater_is_better"]) == ("eval_task", True)
+
+
+def test_the_general_probe_moves_when_the_weights_do(project):
+    """Guards against a probe that reads nothing."""
+    import torch
+
+    model, tokenizer = load_trl(settings_of(project, method="full")), load_tokenizer(settings_of(project))
+    before = general_loss(model, tokenizer)
+    torch.nn.init.normal_(model.lm_head.weight)
+    assert 10 < before < 12 and general_loss(model, tokenizer) > before + 1
+
+
+def test_a_row_of_an_evaluation_set_is_never_trained_on_or_chosen_by(project):
+    """Guards against a checkpoint that was chosen on dev, test or golden."""
+    own = row(3)
+    write_rows(project / "data/accepted/dev_internal.jsonl", [own])
+    write_rows(project / "data/eval/golden.jsonl", [own.model_copy(update={"id": "golden-1"})])
+    with pytest.raises(SlmError, match=f"row {own.id} stands in data/eval"):
+        train(settings_of(project), contract)
+
+
+# Memory, disk and bad input: one clear error each, the record closed as failed.
+
+
+def test_the_memory_estimate_counts_what_is_really_there(project):
+    """Guards against an estimate that has nothing to do with the model."""
+    examples = [Example("a", [1] * 100, [-100] * 50 + [1] * 50)]
+    model = load_trl(settings_of(project))
+    base = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    need = recipe.memory(settings_of(project), examples)
+    assert need["weights"] == 4 * base and need["adapters"] == 4 * adapters and need["optimizer"] == 8 * adapters
+    whole = recipe.memory(settings_of(project, method="full"), examples)
+    assert whole["optimizer"] == 8 * base and whole["adapters"] == 0
+    assert recipe.memory(settings_of(project, batch_size_per_device=8), examples)["logits"] == 2 * need["logits"]
+    small = recipe.memory(settings_of(project, gradient_checkpointing=True), examples * 2)
+    assert small["activations"] < need["activations"]
+    packed = recipe.memory(settings_of(project, method="qlora", load_in_4bit=True, precision="bf16"), examples)
+    assert packed["weights"] < 2 * base
+
+
+def no_memory(patch, folder):
+    patch.setattr(recipe, "free_memory", lambda: 1e6)
+
+
+def no_disk(patch, folder):
+    patch.setattr(recipe.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+
+
+def full_disk(patch, folder):
+    patch.setattr("slm.train.sft.save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+
+def no_template(patch, folder):
+    target = folder / "base"
+    shutil.copytree(base_folder(settings_of(folder)), target, ignore=shutil.ignore_patterns("chat_template*"))
+    own = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in own.items() if k != "chat_template"}))
+    (folder / "project.yaml").write_text(yaml.safe_dump({**SMOKE, "model": {"base": str(target)}}))
+
+
+def short_context(patch, folder):
+    target = folder / "base"
+    shutil.copytree(base_folder(settings_of(folder)), target)
+    own = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**own, "max_position_embeddings": 32}))
+    (folder / "project.yaml").write_text(yaml.safe_dump({**SMOKE, "model": {"base": str(target)}}))
+
+
+def hub(name):
+    """The Hub answering with an error of its own."""
+
+    def plant(patch, folder):
+        from huggingface_hub import errors
+
+        made = getattr(errors, name).__new__(getattr(errors, name))
+        patch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(made))
+        (folder / "project.yaml").write_text(yaml.safe_dump({**SMOKE, "model": {"base": "nobody/nothing"}}))
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("plant", "error"),
+    [
+        (lambda patch, folder: fill(folder, []), "no accepted rows; run 04_curate"),
+        (no_memory, "training needs about .* GB .*: a smaller model.base"),
+        (no_disk, "checkpoints need .* make room"),
+        (full_disk, "no room on this disk"),
+        (no_template, "no chat template"),
+        (short_context, "tokens, .*base reads 32; shorten"),
+        (hub("RepositoryNotFoundError"), "the Hub has no such model"),
+        (hub("GatedRepoError"), "gated; accept its licence"),
+    ],
+)
+def test_bad_input_gives_one_clear_error_and_a_failed_record(project, monkeypatch, plant, error):
+    """Guards against a traceback at midnight, and against a run that vanishes from the registry."""
+    plant(monkeypatch, project)
+    with pytest.raises(SlmError, match=error):
+        train(settings_of(project), contract)
+    assert [r["status"] for r in runs(project)] == ["failed"] and runs(project)[0]["run_id"] == "r1"
+
+
+def test_a_loss_that_is_no_number_stops_the_run_at_once(project, monkeypatch):
+    """Guards against hours of NaN, which the trainer hides behind an average unless it is told not to."""
+    import trl
+
+    plain, steps = trl.SFTTrainer.training_step, []
+
+    def step(self, *given):
+        steps.append(self.state.global_step)
+        return plain(self, *given) * (float("nan") if len(steps) == 2 else 1)
+
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", step)
+    with pytest.raises(SlmError, match=r"the loss is nan at step 2; lower train.learning_rate"):
+        train(settings_of(project, max_steps=20), contract)
+    assert len(steps) == 2 and runs(project)[-1]["status"] == "failed"
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_rows_per_step(project, monkeypatch, capsys):
+    """Guards against a run that dies, or that goes on with another effective batch without a word."""
+    import torch
+    import trl
+
+    plain, seen = trl.SFTTrainer.training_step, []
+
+    def step(self, model, inputs, *rest):
+        seen.append(len(inputs["input_ids"]))
+        if seen[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return plain(self, model, inputs, *rest)
+
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", step)
+    record = train(settings_of(project, max_steps=2), contract)
+    assert seen[:2] == [4, 2] and {*seen[2:]} == {1}
+    assert (record["recipe"]["batch_size_per_device"], record["recipe"]["gradient_accumulation_steps"]) == (1, 4)
+    assert record["metrics"]["steps"] == 2 and "batch_size_per_device 2 and gradient_accumulation_steps 2" in capsys.readouterr().out
+    odd = recipe.halved(settings_of(project, batch_size_per_device=9)).train
+    assert (odd.batch_size_per_device, odd.gradient_accumulation_steps) == (3, 3)
+
+
+def test_memory_that_never_suffices_is_one_sentence(project, monkeypatch):
+    """Guards against halving for ever."""
+    monkeypatch.setattr("slm.train.load.load", lambda settings: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(SlmError, match="out of memory with one row at a time"):
+        train(settings_of(project), contract)
+    assert runs(project)[-1]["status"] == "failed"
+
+
+# The adviser.
+
+
+def plant_run(project, dev=((0, 3.0), (50, 0.5), (100, 0.4)), loss=(3.0, 1.0, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4), score=0.9, valid=1.0,
+              probe=(2.0, 2.1), long=()):  # fmt: skip
+    """A run with the log, the record and the report that are asked for; `long`: values of rows that are 900 tokens long."""
+    settings = settings_of(project)
+    lines = ["step,loss,eval_loss", *(f"{10 * n + 10},{x}," for n, x in enumerate(loss)), *(f"{s},,{x}" for s, x in dev)]
+    (project / "outputs/adapters/r1").mkdir(parents=True)
+    (project / "outputs/adapters/r1/training_log.csv").write_text("\n".join(lines) + "\n")
+    registry.append(settings, "runs", {
+        "stage": "train", "run_id": "r1", "status": "completed", "recipe": settings.train.model_dump(),
+        "metrics": {"general_loss_first": probe[0], "general_loss_final": probe[1], "longest_row": 300}})  # fmt: skip
+    values = [*[(score, 200)] * 20, *((value, 900) for value in long)]
+    scores = [
+        Score(row_id=f"d{n}", value=value, fields={}, parsed={} if n < valid * len(values) else None, lenient_parsed=None, expected={},
+              stage=None, exact=value == 1, critical_ok=True, prompt_tokens=size - 20, completion_tokens=20)
+        for n, (value, size) in enumerate(values)
+    ]  # fmt: skip
+    metrics = {n: Metric(value=v, low=0, high=1, n=20) for n, v in (("exact_match", score), ("schema_validity", valid))}
+    out = project / "outputs/eval_reports/r1"
+    write_json(out / "scores.json", [Result(name="fine_tuned", set="dev", metrics=metrics, scores=scores).model_dump()])
+    write_json(out / "eval_report.json", {"contract": {"primary_metric": "exact_match", "target": 0.8}})
+    return advise(settings, "r1")
+
+
+def test_a_sound_run_gets_no_advice(project):
+    """Guards against an adviser that always has something to say."""
+    assert plant_run(project) == []
+
+
+def test_an_unstable_format_asks_for_rows_before_any_setting(project):
+    """Guards against turning knobs where schema rows are missing."""
+    [found] = plant_run(project, valid=0.8)
+    assert found.finding == "unstable format" and found.settings == {} and "schema_repair" in found.besides
+    assert "4 of 20 answers on dev break the schema (d16, d17, d18, d19)" in found.evidence
+
+
+@pytest.mark.parametrize("how", [{"dev": ((0, 3.0), (50, 0.3), (100, 0.6))}, {"loss": (3.0, *[0.05] * 9)}])
+def test_overfitting_lowers_epochs_and_rank_and_adds_dropout(project, how):
+    """Guards against training on while dev gets worse, or while only the training rows get better."""
+    [found] = plant_run(project, **how)
+    assert found.finding == "overfit" and "dev loss best" in found.evidence
+    assert found.settings["train.lora_rank"] == 8 and found.settings["train.lora_alpha"] == 16
+    assert found.settings["train.epochs"] < 1 and found.settings["train.lora_dropout"] == 0.05
+
+
+def test_underfitting_raises_epochs_and_rank(project):
+    """Guards against stopping while the loss still falls."""
+    [found] = plant_run(project, score=0.5, loss=(3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4))
+    assert found.finding == "underfit" and "0.500 on dev, target 0.8" in found.evidence
+    assert found.settings == {"train.epochs": 1.5, "train.lora_rank": 32, "train.lora_alpha": 64}
+    assert "-s train.lora_rank=32" in str(found)
+
+
+def test_forgetting_lowers_rank_and_learning_rate(project):
+    """Guards against a model that can do nothing else any more; rank is then not raised for underfitting either."""
+    found = plant_run(project, probe=(2.0, 3.0), score=0.5, loss=(3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4))
+    assert [f.finding for f in found] == ["underfit", "forgetting"] and "train.lora_rank" not in found[0].settings
+    assert found[1].settings["train.learning_rate"] == 2.5e-3 and "2.00 to 3.00" in found[1].evidence
+
+
+def test_long_rows_that_fail_ask_for_their_length(project):
+    """Guards against a model that was never trained at the length it serves."""
+    [found] = plant_run(project, long=(0.0, 0.0, 1.0, 0.0))
+    assert found.finding == "long context" and "(n=4)" in found.evidence
+    assert found.settings == {"train.max_seq_length": 1024, "evaluate.context": 2048}
+
+
+def test_advice_needs_a_run_that_was_trained_and_evaluated(project):
+    """Guards against advice from nothing."""
+    with pytest.raises(SlmError, match="no training_log.csv; run 05_train"):
+        advise(settings_of(project), "r1")
