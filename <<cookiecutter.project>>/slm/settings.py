@@ -129,6 +129,7 @@ class Train(Section):
 
     method: Literal["lora", "qlora", "full"] = "qlora"
     trainer: Literal["trl", "unsloth"] = "trl"
+    dataset: str = ""  # a version of registry/datasets.jsonl, by its first digits; "": the rows in data/accepted
     max_seq_length: int = Field(2048, ge=16)
     load_in_4bit: bool = True
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -173,7 +173,7 @@ def test_each_method_trains_and_is_discarded_where_dev_shows_nothing(project, me
     assert all((before[k] == after[k]).all() for k in before) and not adapter.with_name(f"r1-{method}").exists()
     record = registry.latest(settings_of(project), "runs", stage="train", status="completed", run_id="r1")
     assert record["preference"]["outcome"] == "no difference shown" and "preference" not in record["recipe"]
-    assert preference.sentence(facts).startswith(f"{method.upper()} discarded: against SFT alone no difference shown; ")
+    assert facts["verdict"].startswith(f"{method.upper()} discarded, against SFT alone no difference shown: ")
     if method == "grpo":
         assert {"reward", "rewards/parses/mean", "rewards/field_category/mean"} <= facts["metrics"].keys()
 

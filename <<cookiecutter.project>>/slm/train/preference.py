@@ -155,6 +155,12 @@ def tune(settings, contract: Contract) -> dict:
         "before": compared.baseline, "after": compared.candidate, "difference": compared.difference.model_dump(),
         "outcome": compared.outcome, "mcnemar_p": compared.mcnemar_p, "settings": own.model_dump(),
     }  # fmt: skip
+    gain = compared.difference
+    facts["verdict"] = (
+        f"{own.method.upper()} {facts['status']}, against SFT alone {compared.outcome}: {compared.baseline:.3f} -> "
+        f"{compared.candidate:.3f} on dev, {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] over {gain.n} rows; "
+        f"trained on {metrics['pairs']} failures of train and dev_internal."
+    )
     record = {**trained, "preference": facts, "seconds": trained["seconds"] + seconds, "cost": round(trained["cost"] + money, 6)}
     if kept:
         for file in [f for f in adapter.iterdir() if f.is_file() and not (out / f.name).exists()]:
@@ -177,11 +183,3 @@ def on_dev(settings, contract: Contract, adapter: Path, tuned: Path) -> Comparis
     dev = take(settings, read_rows(settings.path("data/eval/dev.jsonl")))
     old, new = (evaluate(settings, contract, student(settings, f), dev, set="dev", name=NAME) for f in (adapter, tuned))
     return compare_results(new, old, contract, settings)
-
-
-def sentence(facts: dict) -> str:
-    """What preference tuning did, for the report: "DPO discarded: no difference shown, …"."""
-    low, high = facts["difference"]["low"], facts["difference"]["high"]
-    change = f"{facts['before']:.3f} -> {facts['after']:.3f} on dev, {facts['difference']['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
-    pair = f"{facts['metrics']['pairs']} failures of train and dev_internal, {facts['difference']['n']} rows compared"
-    return f"{facts['method'].upper()} {facts['status']}: against SFT alone {facts['outcome']}; {change} ({pair})."
