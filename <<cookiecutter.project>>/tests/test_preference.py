@@ -166,7 +166,7 @@ def test_each_method_trains_and_is_discarded_where_dev_shows_nothing(project, me
 
     monkeypatch.setattr(preference, "fit", watched)
     before = load_file(adapter / "adapter_model.safetensors")
-    facts = preference.tune(settings_of(project, method=method), contract)
+    facts = preference.tune(settings_of(project, method=method), contract)["preference"]
     assert facts["status"] == "discarded" and facts["metrics"]["pairs"] == 8 and facts["metrics"]["steps"] == 2
     assert before.keys() == tuned.keys() and any((before[k] != tuned[k]).any() for k in before)
     after = load_file(adapter / "adapter_model.safetensors")
@@ -196,7 +196,7 @@ def tuned(project, monkeypatch):
 def test_a_better_adapter_takes_the_place_of_the_old_one_which_is_kept_aside(project, tuned, monkeypatch):
     """Guards against a gain that 06 never sees, and against an SFT adapter that is lost."""
     monkeypatch.setattr(preference, "on_dev", lambda *_: verdict(0.02, 0.2))
-    facts = preference.tune(settings_of(project, method="dpo"), contract)
+    facts = preference.tune(settings_of(project, method="dpo"), contract)["preference"]
     assert facts["status"] == "kept" and (tuned / "adapter_model.safetensors").read_bytes() == b"tuned"
     assert (tuned / "training_log.csv").is_file() and (tuned.with_name("r1-sft") / "adapter_model.safetensors").stat().st_size > 1000
     record = registry.latest(settings_of(project), "runs", stage="train", status="completed", run_id="r1")
@@ -210,7 +210,7 @@ def test_noise_a_loss_or_too_few_rows_keep_the_old_one(project, tuned, compared,
     """Guards against an adapter that is kept because its mean looks better."""
     monkeypatch.setattr(preference, "on_dev", lambda *_: compared)
     before = (tuned / "adapter_model.safetensors").read_bytes()
-    assert preference.tune(settings_of(project, method="dpo"), contract)["status"] == "discarded"
+    assert preference.tune(settings_of(project, method="dpo"), contract)["preference"]["status"] == "discarded"
     assert (tuned / "adapter_model.safetensors").read_bytes() == before
 
 

@@ -129,9 +129,9 @@ def fit(settings, contract: Contract, rows: Sequence[Row], adapter: Path, out: P
 
 
 def tune(settings, contract: Contract) -> dict:
-    """Preference tuning of the run's adapter by `preference.method`; returns what `registry/runs.jsonl` then says of it:
-    status "kept" (outputs/adapters/<run_id> is the tuned one, <run_id>-sft the one before) or "discarded", with the
-    figures of both on dev. A run that fails is closed as failed and leaves the adapter as it was."""
+    """Preference tuning of the run's adapter by `preference.method`; returns the run's new line of registry/runs.jsonl.
+    Its field `preference` says "kept" (outputs/adapters/<run_id> is the tuned one, <run_id>-sft the one before) or
+    "discarded", with the figures of both on dev. One that fails is closed as failed and leaves the adapter as it was."""
     own, adapter, begin = settings.preference, adapter_folder(settings), time.perf_counter()
     trained = registry.latest(settings, "runs", stage="train", status="completed", run_id=settings.run_id)
     if not own.method or trained is None:
@@ -173,8 +173,7 @@ def tune(settings, contract: Contract) -> dict:
         record["recipe"] = {**trained["recipe"], "preference": own.model_dump()}
     else:
         shutil.rmtree(out, ignore_errors=True)
-    registry.append(settings, "runs", record)
-    return facts
+    return registry.append(settings, "runs", record)
 
 
 def on_dev(settings, contract: Contract, adapter: Path, tuned: Path) -> Comparison:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,7 +35,7 @@ class Sweep(BaseModel):
     profile: str = "default"
     stages: list[str] = ["05-06"]
     settings: dict = {}
-    grid: dict[str, list] = Field(min_length=1)
+    grid: dict[str, Annotated[list, Field(min_length=1)]] = Field(min_length=1)
     workers: int = Field(1, ge=1)
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
