@@ -51,10 +51,9 @@ def sweep(
     config: Config = "project.yaml",
 ) -> None:
     """Rerun the notebooks for every cell of a grid, then score against cost over seeds; run again, it goes on."""
-    from slm.report import tables
-    from slm.train.sweep import sweep as start
+    from slm.train import sweep as sweeps
 
-    print(tables.markdown(start(grid, config, ray)))
+    print(sweeps.markdown(sweeps.sweep(grid, config, ray)))
 
 
 @app.command()

@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slm import registry, runner
 from slm.cluster import connect
-from slm.curate.versions import find
+from slm.curate.versions import split_of
 from slm.errors import SlmError
-from slm.evaluate import Metric, Result, load_candidate, seeds
+from slm.evaluate import Metric, load_candidate, seeds
 from slm.evaluate.candidate import NAME
+from slm.report.tables import markdown
 from slm.rows import digest, explain, write_text
 from slm.settings import load_settings
 
@@ -56,32 +57,24 @@ def sweep(file: Path, config: str = "project.yaml", ray: str = "") -> list[dict]
         spec = Sweep.model_validate(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise SlmError(f"{file}: {explain(error)}; a sweep has name, grid and, if need be, profile, stages, settings.") from None
-    cells, ready = spec.cells, {}
+    cells, ready, jobs, failed = spec.cells, {}, {}, {}
     for run_id, cell in cells.items():
-        ready[run_id] = load_settings(config, spec.profile, spec.settings | cell, run_id)
-        runner.select(ready[run_id], spec.stages)
-        if ready[run_id].train.dataset:
-            find(ready[run_id], ready[run_id].train.dataset)
-    root = next(iter(ready.values())).root
-    jobs = {
-        run_id: (["run", *spec.stages, "--resume", "--profile", spec.profile, "--config", config, "--run-id", run_id,
-                  *(part for k, v in (spec.settings | cell).items() for part in ("-s", f"{k}={json.dumps(v)}"))], root, run_id)
-        for run_id, cell in cells.items()
-    }  # fmt: skip
-    failed: dict[str, str] = {}
+        own = spec.settings | cell
+        ready[run_id] = settings = load_settings(config, spec.profile, own, run_id)
+        runner.select(settings, spec.stages)
+        split_of(settings, "train")
+        said = [part for key, value in own.items() for part in ("-s", f"{key}={json.dumps(value)}")]
+        options = ["--resume", "--profile", spec.profile, "--config", config, "--run-id", run_id, *said]
+        jobs[run_id] = (["run", *spec.stages, *options], settings.root, run_id)
     for n, (run_id, problem) in enumerate(_on_ray(jobs, ray, spec) if ray else _here(jobs, spec.workers), 1):
         failed |= {run_id: problem} if problem else {}
         print(f"{n} of {len(jobs)}  {run_id}  {cells[run_id]}  {problem or 'done'}", flush=True)
-    points = table(spec, ready, failed)
-    out = root / "outputs/sweeps" / spec.name
-    from slm.report import tables
-
-    lines = [{k: str(v) if isinstance(v, Metric) else v for k, v in point.items()} for point in points]
-    write_text(out / "sweep.md", f"# Sweep {spec.name}\n\n{tables.markdown(lines)}\n![score against cost](sweep.png)\n")
-    plot(points, out / "sweep.png", next(iter(ready.values())).cost)
+    points, out = table(spec, ready, failed), settings.path(f"outputs/sweeps/{spec.name}")
+    write_text(out / "sweep.md", f"# Sweep {spec.name}\n\n{markdown(points)}\n![score against cost](sweep.png)\n")
+    plot(points, out / "sweep.png", settings.cost)
     if failed:
-        first = next(iter(failed.items()))
-        raise SlmError(f"{len(failed)} of {len(jobs)} cells failed, {first[0]}: {first[1]} Mend it and run the sweep again.")
+        run_id, problem = next(iter(failed.items()))
+        raise SlmError(f"{len(failed)} of {len(jobs)} cells failed, {run_id}: {problem} Mend it and run the sweep again.")
     return points
 
 
@@ -127,13 +120,13 @@ def table(spec: Sweep, ready: dict, failed: dict[str, str]) -> list[dict]:
         groups.setdefault(json.dumps({k: v for k, v in cell.items() if k != SHORT["seed"]}), []).append(run_id)
     points = []
     for key, runs in groups.items():
-        good = [run for run in runs if run not in failed]
-        results: list[Result] = [r for run in good for r in load_candidate(ready[run], run) if (r.name, r.set) == (NAME, "dev")]
-        trained = [t for run in good if (t := registry.latest(ready[run], "runs", stage="train", status="completed", run_id=run))]
-        mean = {name: sum(t[name] for t in trained) / max(1, len(trained)) for name in ("seconds", "cost")}
+        good, found = [run for run in runs if run not in failed], lambda run: load_candidate(ready[run], run)
+        results = [r for run in good for r in found(run) if (r.name, r.set) == (NAME, "dev")]
+        done = [registry.latest(ready[run], "runs", stage="train", status="completed", run_id=run) or {} for run in good]
+        seconds, money = (sum(record.get(name, 0) for record in done) / max(1, len(done)) for name in ("seconds", "cost"))
         points.append({
-            **json.loads(key), "runs": len(good), "failed": len(runs) - len(good), "metric": next(iter(results[0].metrics), "") if results else "",
-            "score": seeds(results) if results else "-", "minutes": round(mean["seconds"] / 60, 2), "cost": round(mean["cost"], 4),
+            **json.loads(key), "runs": len(good), "failed": len(runs) - len(good), "metric": next(iter(results[0].metrics)) if results else "",
+            "score": seeds(results) if results else "-", "minutes": round(seconds / 60, 2), "cost": round(money, 4),
         })  # fmt: skip
     return sorted(points, key=lambda p: -p["score"].value if isinstance(p["score"], Metric) else 1)
 
@@ -143,16 +136,14 @@ def plot(points: list[dict], path: Path, rates) -> Path:
     from slm.curate.plots import figure, save
 
     drawn, axes = figure(9, 4)
-    by = "cost" if rates.gpu_hourly_rate else "minutes"
-    for n, p in enumerate([p for p in points if isinstance(p["score"], Metric)]):
-        name = ", ".join(f"{k.rsplit('.', 1)[-1]} {v}" for k, v in p.items() if "." in k)
-        s = p["score"]
-        reach = [[s.value - s.low], [s.high - s.value]]
-        axes.errorbar(p[by], s.value, reach, fmt="osD^v"[n // 10 % 5], capsize=3, label=f"{name or 'all'} ({p['runs']} runs)")
+    by, unit = ("cost", rates.currency) if rates.gpu_hourly_rate else ("minutes", "minutes")
+    axes.set(xlabel=f"{unit} per training run", ylabel="no cell has a score", ylim=(0, 1.02))
+    for n, p in enumerate(p for p in points if isinstance(p["score"], Metric)):
+        name, s = ", ".join(f"{k.rsplit('.', 1)[-1]} {v}" for k, v in p.items() if "." in k), p["score"]
+        reach, mark = [[s.value - s.low], [s.high - s.value]], "osD^v"[n // 10 % 5]
+        axes.errorbar(p[by], s.value, reach, fmt=mark, capsize=3, label=f"{name} ({p['runs']} runs)".lstrip())
         axes.set_ylabel(f"{p['metric']} on dev")
-    axes.set(xlabel=f"{rates.currency} per training run" if by == "cost" else "minutes per training run", ylim=(0, 1.02))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    if axes.has_data():
-        drawn.legend(loc="outside right upper", fontsize=8, frameon=False)
+    drawn.legend(loc="outside right upper", fontsize=8, frameon=False)
     return save(drawn, path)
