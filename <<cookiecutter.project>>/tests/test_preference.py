@@ -232,6 +232,13 @@ def test_tuning_needs_a_method_and_a_trained_run(project):
             preference.tune(settings_of(project, **own), contract)
 
 
+def test_preference_with_unsloth_is_refused_before_training_starts(project):
+    """Guards against hours of training whose last step then meets trainers that another package has patched."""
+    settings = load_settings(start=project, overrides={"preference.method": "dpo", "train.trainer": "unsloth"})
+    with pytest.raises(SlmError, match="needs train.trainer trl"):
+        train(settings, contract)
+
+
 def test_the_answer_of_a_failed_request_is_no_failure_of_the_model(project):
     """Guards against pairs whose rejected answer is an error message."""
 

@@ -145,5 +145,6 @@ def plot(points: list[dict], path: Path, rates) -> Path:
         axes.set_ylabel(f"{p['metric']} on dev")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    drawn.legend(loc="outside right upper", fontsize=8, frameon=False)
+    if axes.containers:
+        drawn.legend(loc="outside right upper", fontsize=8, frameon=False)
     return save(drawn, path)
