@@ -77,6 +77,18 @@ def project_contract(settings):
 
 
 @app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="YAML: name, profile, stages, and under `grid` a list of values per setting.")],
+    ray: Annotated[str, typer.Option(help='"auto" or the address of a Ray cluster; by default this machine.')] = "",
+    config: Config = "project.yaml",
+) -> None:
+    """Rerun the notebooks for every cell of a grid, then score against cost over seeds; run again, it goes on."""
+    from slm.train import sweep as sweeps
+
+    print(sweeps.markdown(sweeps.sweep(grid, config, ray)))
+
+
+@app.command()
 def release(run_id: str, profile: Profile = "default", config: Config = "project.yaml") -> None:
     """Release a run: every gate must pass, then it is recorded with its hashes; exit 1 when one does not."""
     from slm.evaluate import release as releases

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -105,16 +106,19 @@ def _execute(settings: Settings, path: Path, config: str, overrides: dict) -> st
     target = settings.run_dir / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
     live = sys.stderr.isatty()
-    # Sockets in the file system: no port for others on this machine, and no warning about one in the log.
-    transport = Config({"KernelManager": {"transport": "tcp" if sys.platform == "win32" else "ipc"}})
     if not live:
         print(f"{path.stem:<14} running", flush=True)
     try:
-        papermill.execute_notebook(
-            str(path), str(target), cwd=str(settings.root), kernel_name="python3", language="python",
-            parameters={"config": config, "profile": settings.profile, "run_id": settings.run_id, "overrides": overrides},
-            progress_bar={"desc": path.stem, "leave": False} if live else False, config=transport,
-        )  # fmt: skip
+        # Sockets in the file system: no port for others on this machine, and no warning about one in the log. A folder of
+        # their own: two runs at once would otherwise share them.
+        with tempfile.TemporaryDirectory(prefix="slm-") as sockets:
+            ipc = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+            papermill.execute_notebook(
+                str(path), str(target), cwd=str(settings.root), kernel_name="python3", language="python",
+                parameters={"config": config, "profile": settings.profile, "run_id": settings.run_id, "overrides": overrides},
+                progress_bar={"desc": path.stem, "leave": False} if live else False,
+                config=Config({"KernelManager": {"transport": "tcp"} if sys.platform == "win32" else ipc}),
+            )  # fmt: skip
     except PapermillExecutionError as error:
         line = next((x for x in str(error.source or "").splitlines() if x.strip() and not x.startswith("#")), "")
         cause = error.evalue if error.ename == "SlmError" else f"{error.ename}: {error.evalue}"

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -129,6 +129,7 @@ class Train(Section):
 
     method: Literal["lora", "qlora", "full"] = "qlora"
     trainer: Literal["trl", "unsloth"] = "trl"
+    dataset: str = ""  # a version of registry/datasets.jsonl, by its first digits; "": the rows in data/accepted
     max_seq_length: int = Field(2048, ge=16)
     load_in_4bit: bool = True
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -154,6 +155,23 @@ class Train(Section):
     early_stopping: bool = True
     early_stopping_metric: Literal["loss", "task"] = "loss"  # of dev_internal; task: what the model really answers
     seed: int = 0
+
+
+class Preference(Section):
+    """Preference tuning after SFT (05), on what the run's adapter gets wrong; kept only where dev shows it better."""
+
+    method: Literal["", "dpo", "orpo", "grpo"] = ""  # "": none
+    learning_rate: float | None = Field(None, gt=0)  # none: a twentieth of train.learning_rate
+    beta: float = Field(0.1, ge=0)  # dpo and grpo: how tightly it holds to the SFT model; orpo: weight of the odds ratio
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = -1
+    limit: int = Field(0, ge=0)  # rows that are asked for failures; 0 = all
+    generations: int = Field(8, ge=2)  # grpo: answers per row
+    temperature: float = Field(1.0, gt=0)  # grpo: of those answers
+    # Weights of grpo's rewards; one that is not named counts nothing. "fields" is dealt out among the output's fields.
+    rewards: dict[Literal["parses", "schema", "fields", "metric", "length"], Annotated[float, Field(ge=0)]] = {
+        "parses": 0.5, "schema": 0.5, "fields": 2.0, "metric": 1.0, "length": 0.25,
+    }  # fmt: skip
 
 
 class Evaluate(Section):
@@ -255,6 +273,7 @@ class Settings(Section):
     generate: Generate = Generate()
     curate: Curate = Curate()
     train: Train = Train()
+    preference: Preference = Preference()
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
     export: Export = Export()

@@ -154,6 +154,20 @@ def test_gap_and_seeds_are_measured_or_say_why_not(settings, monkeypatch):
     assert report["gap_closed"]["low"] <= report["gap_closed"]["value"] <= report["gap_closed"]["high"]
 
 
+def test_the_report_and_the_card_say_what_preference_tuning_did(settings):
+    """Guards against a discarded DPO that nobody hears of, and against a card that denies one that was kept."""
+    trained(settings)
+    run_06(settings)
+    assert "Preference tuning" not in report_text(settings)
+    verdict = "DPO discarded, against SFT alone no difference shown: 0.700 -> 0.710 on dev."
+    record = registry.latest(settings, "runs", stage="train", run_id=settings.run_id)
+    registry.append(settings, "runs", {**record, "preference": {"verdict": verdict}})
+    run_06(settings)
+    assert f"* Preference tuning: {verdict}" in report_text(settings)
+    card = model_card.write(settings, CONTRACT, settings.run_id).read_text()
+    assert f"Preference optimization: {verdict}" in card and "No preference optimization" not in card
+
+
 def test_what_was_not_run_is_listed_with_its_reason(settings):
     """Guards against a baseline that is missing from the report without a word."""
     lines = {part: line["why"] for line in run_06(settings)["not_run"] for part in line["not run"].split("; ")}

@@ -138,16 +138,13 @@ def test_the_preview_refuses_a_mask_of_nothing_of_everything_and_without_the_sto
 def test_every_argument_exists_in_the_installed_trainers(project):
     """Guards against a library that renames an argument: TRL dropped max_seq_length and warmup_ratio that way."""
     from peft import LoraConfig
-    from trl import DPOConfig, SFTConfig
-
-    from slm.train.preference import dpo_arguments
+    from trl import SFTConfig
 
     settings = settings_of(project)
     made = SFTConfig(**sft_arguments(settings, project / "out", 16))
     assert made.max_length == 256 and made.train_sampling_strategy == "group_by_length" and made.warmup_steps == 0.03
     assert made.load_best_model_at_end and made.get_warmup_steps(100) == 3
     assert LoraConfig(**lora_arguments(settings)).r == 16
-    assert DPOConfig(**dpo_arguments(settings, project / "out")).learning_rate == pytest.approx(5e-3 / 20)
 
 
 def test_the_recipe_arrives_under_the_trainers_names(project):
@@ -335,24 +332,6 @@ def test_full_fine_tuning_saves_a_whole_model_in_bf16(project):
     out = project / "outputs/adapters/r1"
     assert (out / "config.json").is_file() and not (out / "adapter_config.json").exists()
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-@pytest.mark.slow
-def test_preference_pairs_move_an_adapter(project):
-    """Guards against preference tuning that trains the reference, or saves it in place of the student."""
-    from safetensors.torch import load_file
-
-    from slm.train.preference import pairs, train_dpo
-
-    with pytest.raises(SlmError, match="no row has a rejected answer"):
-        pairs([row(0)], contract)
-    train(settings_of(project), contract)
-    adapter, out = project / "outputs/adapters/r1", project / "outputs/adapters/r1-dpo"
-    chosen = [row(n, rejected="Sure, here you go!") for n in range(8)]
-    metrics = train_dpo(settings_of(project, max_steps=2), contract, chosen, adapter, out)
-    assert metrics["pairs"] == 8
-    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, out))
-    assert before.keys() == after.keys() and any((before[k] != after[k]).any() for k in before)
 
 
 @pytest.mark.slow

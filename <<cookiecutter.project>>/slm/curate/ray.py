@@ -1,14 +1,13 @@
 """The same gates on a Ray cluster whose nodes see the project's folder at the same path: Ray Data judges the chunks and
 shuffles by band key; the sketches of texts stay on the nodes, the verdicts are decided by the engine's own function."""
 
-import os
 import pickle
-import sys
 from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
+from slm.cluster import connect
 from slm.curate import duplicates
 from slm.curate.engine import Job, Part, judge_chunk
 from slm.curate.read import Chunk
@@ -23,14 +22,7 @@ class Cluster:
         import ray
 
         self.job, self.chunks = job, chunks
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if not ray.is_initialized():
-            own = [str(job.settings.root), *(p for p in sys.path if p and not p.startswith((sys.prefix, sys.base_prefix)))]
-            found = {"env_vars": {"PYTHONPATH": os.pathsep.join(own), "OMP_NUM_THREADS": "1"}}
-            try:
-                ray.init(job.settings.curate.ray, runtime_env=found, log_to_driver=False, logging_level="error")
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise SlmError(f"curate.ray: no cluster at {job.settings.curate.ray!r} ({error}); `ray start --head`.") from None
+        connect(job.settings.curate.ray, job.settings.root, "curate.ray")
         ray.data.DataContext.get_current().enable_progress_bars = False
 
     def judge(self) -> list[Part]:

@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from slm import registry
 from slm.curate.coverage import COUNTED, tally
+from slm.curate.split import split_file
 from slm.errors import SlmError
 from slm.rows import iter_rows, replacing
 
@@ -65,6 +66,27 @@ def find(settings, version: str) -> dict:
         known = ", ".join(records) or "none yet; run 04_curate"
         raise SlmError(f"dataset {version!r}: {'more than one' if matches else 'no'} such version; there are: {known}.")
     return matches[0]
+
+
+def split_of(settings, name: str) -> Path:
+    """The file of a split's side: data/accepted/<name>.jsonl, or with `train.dataset` that version's own, cut once more
+    from its kept rows in .cache/datasets. Raises SlmError when it does not come out as recorded."""
+    if not settings.train.dataset:
+        return settings.path(f"data/accepted/{name}.jsonl")
+    record = find(settings, settings.train.dataset)
+    folder = settings.path(f".cache/datasets/{record['version']}-{record['hash']}")
+    with registry.locked(settings, f"dataset-{record['version']}"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=settings.path(".cache")) as work, _rows(settings, record["version"]) as rows:
+                file = Path(work, "split/all.jsonl")
+                with replacing(file) as stream:
+                    shutil.copyfileobj(rows, stream)
+                own = settings.curate.model_validate(record["config"]["curate"])
+                if split_file(settings.model_copy(update={"curate": own}), file)["files"] != record["split"]["files"]:
+                    raise SlmError(f"dataset {record['version']}: its split comes out otherwise now; run 04_curate again.")
+                folder.parent.mkdir(exist_ok=True)
+                file.parent.rename(folder)
+    return folder / f"{name}.jsonl"
 
 
 def diff(settings, old: str | None, new: str) -> SimpleNamespace:
@@ -161,16 +183,22 @@ def _keep(settings, path: Path, version: str) -> None:
             shutil.copyfileobj(rows, packed, 1 << 20)
 
 
+def _rows(settings, version: str):
+    """The kept rows of a version as an open stream. Raises SlmError when they are not here."""
+    file = _archive(settings, find(settings, version)["version"])
+    if not file.is_file():
+        hint = "`python -m slm dataset reproduce` makes it again"
+        raise SlmError(f"{file.name}: not in registry/datasets (git leaves it out); {hint}.")
+    return gzip.open(file)
+
+
 def _held(settings, version: str | None):
     """A table of a version's rows: message (a hash of all before the answer), id, answer, category, kind, and n, which
     counts the rows of one message."""
     import pandas as pd
 
-    lines, file = [], _archive(settings, find(settings, version)["version"]) if version else None
-    if file and not file.is_file():
-        hint = "`python -m slm dataset reproduce` makes it again"
-        raise SlmError(f"{file.name}: not in registry/datasets (git leaves it out); {hint}.")
-    with gzip.open(file or os.devnull) as stream:
+    lines = []
+    with _rows(settings, version) if version else gzip.open(os.devnull) as stream:
         for row in map(json.loads, stream):
             *before, last = row["messages"]
             facts = row["meta"]["category"], row["meta"].get("kind", "canonical")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slm import registry
 from slm.contract import Contract
+from slm.curate.versions import split_of
 from slm.errors import SlmError
 from slm.evaluate import classical, retrieve
 from slm.evaluate.metrics import Result, evaluate, read_results
@@ -171,12 +172,12 @@ def _opener(settings, contract: Contract, predict: Callable[[str], dict], train:
 
 def training_rows(settings) -> list[Row]:
     """The rows that the run was trained on. Raises SlmError when data/accepted/train.jsonl holds others by now."""
-    file, run = settings.path("data/accepted/train.jsonl"), settings.run_id
+    file, run = split_of(settings, "train"), settings.run_id
     trained = registry.latest(settings, "runs", stage="train", status="completed", run_id=run)
     version = trained and trained["parents"]["dataset"]
     record = registry.latest(settings, "datasets", version=version)
     if not file.is_file() or not record or record["split"]["files"]["train"] != registry.file_hash(file)[:16]:
-        raise SlmError(f"data/accepted/train.jsonl: not what run {run} was trained on (dataset {version}); train again")
+        raise SlmError(f"{file}: not what run {run} was trained on (dataset {version}); train again")
     return read_rows(file)
 
 

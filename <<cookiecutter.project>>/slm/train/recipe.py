@@ -19,6 +19,8 @@ CPU_FLOPS, GPU_FLOPS = 1.2e11, 1.0e14  # rough, per core and per card, for an es
 def import_trainer(settings) -> None:
     """Import Unsloth where it is chosen: it patches transformers, TRL and PEFT, so it must come before them."""
     if settings.train.trainer == "unsloth":
+        if settings.preference.method:  # it would tune with trainers that Unsloth has patched
+            raise SlmError('preference.method: preference tuning needs train.trainer trl; set that, or preference.method "".')
         if importlib.util.find_spec("unsloth") is None:
             raise SlmError("train.trainer unsloth: the package is not installed; install the extra `unsloth`, or set trl.")
         import unsloth  # noqa: F401

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from slm import cost, registry
+from slm.curate.versions import split_of
 from slm.errors import SlmError
 from slm.evaluate import baselines
 from slm.models import base_hash
@@ -34,7 +35,7 @@ def training_rows(settings) -> dict[str, list[Row]]:
     found, locked = {}, [settings.path(f"data/eval/{name}.jsonl") for name in registry.SETS]
     kept = {key for file in locked if file.is_file() for row in read_rows(file) for key in (row.id, row.user)}
     for name in ("train", "dev_internal"):
-        path = settings.path(f"data/accepted/{name}.jsonl")
+        path = split_of(settings, name)
         rows = read_rows(path) if path.is_file() else []
         if not rows:
             raise SlmError(f"{path}: no accepted rows; run 04_curate before training.")
@@ -230,7 +231,7 @@ def head(settings) -> dict:
 
 def _facts(settings, contract, tokenizer) -> dict:
     """What a run record says before anything has run: parents, versions, seeds, device."""
-    files = {name: registry.file_hash(settings.path(f"data/accepted/{name}.jsonl"))[:16] for name in ("train", "dev_internal")}
+    files = {name: registry.file_hash(split_of(settings, name))[:16] for name in ("train", "dev_internal")}
     known = [d for d in registry.read(settings, "datasets") if files.items() <= d.get("split", {}).get("files", {}).items()]
     if not known:
         print("WARNING: these rows are not a recorded dataset version; run 04_curate, or the release gate will not pass.")
