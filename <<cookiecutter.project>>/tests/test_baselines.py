@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from test_evaluate import CALLS, CONTRACT, TOPICS, double, fewshot, gold, predict, run_02, settings, ticket_rows  # noqa: F401
+from tickets import CALLS, CONTRACT, TOPICS, double, fewshot, gold, predict, run_02, settings, ticket_rows  # noqa: F401
 
 from slm import registry
 from slm.errors import SlmError

@@ -36,6 +36,7 @@ from slm.models.program import ProgramModel
 from slm.rows import make_row as _make_row
 from slm.rows import write_rows
 from slm.settings import Endpoint, Settings
+from tickets import gold, ticket_rows
 
 
 class Strict(BaseModel):
@@ -121,25 +122,12 @@ CONTRACT = contract(Ticket, "extraction", "field_f1", critical=("topic",), label
 CALLS = contract(
     Call, "tool_calling", "exact_match", critical=("tool",), label_field="tool", null_label="none", unsafe_labels=("send",)
 )  # fmt: skip
-TOPICS = ("bill", "bug", "none")
 QA = contract(Reply, "qa", "answer_correctness")
 REVIEW = contract(Review, "review", "issue_f1", issue_key=("rule", "line"))
 PLAN = contract(Plan, "planning", "tool_sequence_accuracy")
 SAFETY = contract(Verdict, "safety", "violation_recall", label_field="label", null_label="allowed")
 CLASSES = contract(Verdict, "classification", "macro_f1", label_field="label")
 SETTINGS = Settings.model_validate({"evaluate": {"resamples": 300, "latency_requests": 2}})
-
-
-def gold(i: int) -> dict:
-    return {"topic": TOPICS[i * 7 % 3 if i % 5 else 0], "order": f"A-{i}" if i % 3 == 0 else None, "urgent": i % 4 == 0}
-
-
-def ticket_rows(n: int, name: str = "dev"):
-    return [
-        make_row(f"{name} message {i}", json.dumps(gold(i)), id=f"{name}-{i}", category=gold(i)["topic"], group=f"{name}-{i}",
-                 kind=("canonical", "boundary", "near_miss")[i % 3], difficulty=("easy", "hard")[i % 2])
-        for i in range(n)
-    ]  # fmt: skip
 
 
 def scores(contract, rows, texts):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from pydantic import BaseModel
-from test_evaluate import CONTRACT, double, fewshot, gold, predict, run_02, settings, ticket_rows  # noqa: F401
+from tickets import CONTRACT, double, fewshot, gold, predict, run_02, settings, ticket_rows  # noqa: F401
 
 from slm import registry
 from slm.contract import TASK_TYPES, Contract

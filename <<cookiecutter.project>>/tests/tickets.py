@@ -1,4 +1,4 @@
-"""Scorers, metrics, comparisons, baselines and release gates, each with the fault it must catch."""
+"""A task small enough to know every answer: tickets and calls, for the tests of evaluation and reports."""
 
 import json
 import random
@@ -9,15 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slm import registry
 from slm.contract import Contract
-from slm.errors import SlmError
-from slm.evaluate import (
-    check_sets,
-    run_baselines,
-    save_baselines,
-    score_row,
-    take,
-)  # fmt: skip
-from slm.models import Answer
+from slm.evaluate import check_sets, run_baselines, save_baselines, take
 from slm.models.program import ProgramModel
 from slm.rows import make_row, write_rows
 from slm.settings import Settings
@@ -94,42 +86,9 @@ def settings(tmp_path, monkeypatch):
     return made
 
 
-def scores(contract, rows, texts):
-    return [score_row(contract, r, Answer(t, 0.1)) for r, t in zip(rows, texts, strict=True)]
-
-
-def one(contract, answer, text):
-    row = make_row("q", json.dumps(answer), category="x")
-    return score_row(contract, row, Answer(text, 0.1))
-
-
 def run_02(settings):
     sets = check_sets(settings, CONTRACT)
     registry.lock_sets(settings)
     found = run_baselines(settings, CONTRACT, {"dev": take(settings, sets["dev"])}, predict=predict, fewshot=fewshot)
     save_baselines(settings, CONTRACT, found)
     return found
-
-
-def test_an_unknown_metric_is_named():
-    """Guards against a typo that would silently score zero."""
-    with pytest.raises(SlmError, match="primary_metric 'f1'"):
-        one(
-            Contract(name="x", task_type="extraction", output=Ticket, system_prompt="x", primary_metric="f1", target=1),
-            gold(1),
-            "{}",
-        )
-
-
-def test_hosted_and_local_requests_have_their_price():
-    """Guards against a larger model that looks free: tokens x price, or wait x hourly rate + hosting."""
-    from slm.evaluate.metrics import Result, cost_per_1k
-    from slm.settings import Endpoint
-
-    settings = Settings.model_validate(
-        {"cost": {"gpu_hourly_rate": 3.6, "hosting_per_month": 10, "larger_price_per_1m_tokens": 5}}
-    )
-    result = Result(name="x", set="dev", latency_p50_s=0.5, prompt_tokens=900, completion_tokens=100)
-    assert cost_per_1k(settings, result) == pytest.approx(0.5 + 0.01)
-    assert cost_per_1k(settings, result, Endpoint()) == pytest.approx(5.0)
-    assert cost_per_1k(settings, result, Endpoint(usd_per_1m_input=1, usd_per_1m_output=10)) == pytest.approx(1.9)
