@@ -25,7 +25,7 @@ demo: setup  ## bake the default project to build/demo and run its eight noteboo
 	cd build && $(BIN)/cookiecutter --no-input --default-config --output-dir . ./template project=demo
 	rm -rf build/template
 	cd build/demo && $(BIN)/python -m slm run all --profile cpu --run-id demo
-	@echo && sed -n '1,34p' build/demo/outputs/eval_reports/demo/eval_report.md
+	@echo && sed -n '/^!\[/q;p' build/demo/outputs/eval_reports/demo/eval_report.md
 	@echo && echo "The project: build/demo"
 	@echo "Report, model card, plots: build/demo/outputs/eval_reports/demo/"
 	@echo "Executed notebooks: build/demo/outputs/runs/demo/    Model files: build/demo/outputs/gguf/demo/"
