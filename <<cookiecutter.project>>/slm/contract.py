@@ -1,6 +1,5 @@
 """The contract: what goes in, what must come out, and how it is judged. The user fills one in `task/contract.py`."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from functools import cached_property
 from pydantic import BaseModel, ValidationError
 
 from slm.errors import SlmError
-from slm.rows import Row, explain
+from slm.rows import Row, digest, explain
 
 TASK_TYPES = (
     "classification", "extraction", "json_generation", "tool_calling", "rewriting", "qa", "review", "planning", "safety",
@@ -85,7 +84,7 @@ class Contract:
     def schema_hash(self) -> str:
         """12 hex digits that change when the schema or the system prompt does."""
         text = json.dumps(self.schema, sort_keys=True) + self.system_prompt
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return digest(text)
 
     def parse(self, text: str, lenient: bool = False) -> Parsed:
         """Read an answer. Strict: the whole text is the JSON value. Lenient: the first object found in it."""

@@ -93,6 +93,11 @@ def digest(text: str, size: int = 12) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:size]
 
 
+def plain(text: str) -> str:
+    """A text in lower case, each run of white space one space: what counts as the same text."""
+    return " ".join(text.lower().split())
+
+
 def content_id(messages: Iterable[Message]) -> str:
     """A 12-digit hex id from the roles and contents, so that equal rows have equal ids."""
     return digest(json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False))

@@ -1,7 +1,6 @@
 """project.yaml, a profile and overrides become one frozen Settings; a typo is an error that names the key."""
 
 import copy
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from slm.errors import SlmError
+from slm.rows import digest
 
 RECIPE = "training/configs/train_config.yaml"
 
@@ -306,7 +306,7 @@ class Settings(Section):
     def hash(self) -> str:
         """12 hex digits of the resolved settings, without the run id."""
         body = json.dumps(self.model_dump(exclude={"run_id"}), sort_keys=True)
-        return hashlib.sha256(body.encode()).hexdigest()[:12]
+        return digest(body)
 
 
 def find_root(start: Path | None = None) -> Path:

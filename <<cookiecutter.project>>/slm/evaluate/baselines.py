@@ -14,7 +14,7 @@ from slm.errors import SlmError
 from slm.evaluate import classical, retrieve
 from slm.evaluate.metrics import Result, evaluate, read_results
 from slm.generate.plan import seed_rows
-from slm.rows import Row, read_rows, write_json
+from slm.rows import Row, digest, plain, read_rows, write_json
 
 NAMES = ("majority", "rules", "classical", "base", "prompted_base", "prompted_constrained", "rag", "larger")
 PROGRAMS = NAMES[:3]  # quick, and changed by an edited rule or new training rows: always run again
@@ -31,7 +31,7 @@ def check_sets(settings, contract: Contract) -> dict[str, list[Row]]:
         _refuse(f"data/eval/{name}.jsonl: answers that break the contract", broken)
     places = [("raw/seed", r) for r in seed_rows(settings)]
     places += [(f"eval/{name}", r) for name, rows in sets.items() for r in rows]
-    for what, key in (("id", lambda r: r.id), ("text", lambda r: " ".join(r.user.lower().split()))):
+    for what, key in (("id", lambda r: r.id), ("text", lambda r: plain(r.user))):
         seen: dict[str, list[str]] = {}
         for place, row in places:
             seen.setdefault(key(row), []).append(f"{place} row {row.id}")
@@ -248,9 +248,8 @@ def _refuse(what: str, problems: list[str]) -> None:
 
 def _source_hash(predict: Callable) -> str:
     """The rule program's module as a hash, so that a changed rule is asked again."""
-    import hashlib
     import inspect
 
     module = inspect.getmodule(predict)
     source = inspect.getsource(module if module and module.__name__ != "__main__" else predict)
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+    return digest(source, 16)

@@ -1,13 +1,12 @@
 """A classical model: word and character n-grams into one logistic regression per closed field."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.models.program import ProgramModel
-from slm.rows import Row
+from slm.rows import Row, digest
 from slm.settings import nest
 
 ABSENT = "(absent)"  # no JSON text
@@ -69,5 +68,5 @@ def fit(rows: Sequence[Row], contract: Contract, usual: Callable[[Sequence[Row],
         answer = json.dumps(nest(filled), ensure_ascii=False)
         return answer if contract.parse(answer).error is None else json.dumps(start, ensure_ascii=False)
 
-    mark = hashlib.sha256(json.dumps([[r.user, r.answer] for r in rows]).encode()).hexdigest()[:16]
+    mark = digest(json.dumps([[r.user, r.answer] for r in rows]), 16)
     return ProgramModel(f"TF-IDF and logistic regression on {len(rows)} rows", predict, f"classical 1 {mark}")

@@ -13,7 +13,7 @@ from slm.errors import SlmError
 from slm.evaluate.candidate import NAME, by_set, load_candidate, scores_file
 from slm.evaluate.metrics import Metric, Result, cost_per_1k
 from slm.evaluate.scorers import LOWER_IS_BETTER, Score, row_metric
-from slm.rows import iter_rows, read_rows
+from slm.rows import iter_rows, plain, read_rows
 
 # The metrics that gate a task type. Bounds: settings.gates, under the same names; else the contract's target.
 BY_TYPE = {
@@ -187,15 +187,11 @@ def _refuse_leaks(settings) -> None:
     from slm.curate.leakage import evaluation_rows
 
     train, sets = settings.path("data/accepted/train.jsonl"), evaluation_rows(settings)
-    known = {_plain(row): f"row {row.id} of data/eval/{name}.jsonl" for name, rows in sets.items() for row in rows}
+    known = {plain(row.user): f"row {row.id} of data/eval/{name}.jsonl" for name, rows in sets.items() for row in rows}
     for row in iter_rows(train) if train.is_file() else ():
-        if twin := known.get(_plain(row)):
+        if twin := known.get(plain(row.user)):
             what = f"row {row.id} is {twin}; its score is memory"
             raise SlmError(f"data/accepted/train.jsonl: {what}. Run 04, 05 and 06 again.")
-
-
-def _plain(row) -> str:
-    return " ".join(row.user.lower().split())
 
 
 def _judged(settings, report: dict, set: str) -> dict[str, dict]:

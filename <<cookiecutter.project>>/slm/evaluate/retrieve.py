@@ -1,12 +1,12 @@
 """Retrieval for the RAG baseline: passages of data/raw, found by TF-IDF, in front of the last message."""
 
-import hashlib
 import json
 import textwrap
 from dataclasses import replace
 
 from slm.errors import SlmError
 from slm.models.base import Answer, Model, Prompt
+from slm.rows import digest
 
 WORDS = 120  # a passage ends with the line that fills it
 
@@ -39,7 +39,7 @@ class RetrievingModel:
         self._model, self._passages, self._count = model, passages, count
         self._features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+")
         self._table = self._features.fit_transform([text for _, text in passages])
-        mark = hashlib.sha256(json.dumps(passages).encode()).hexdigest()[:12]
+        mark = digest(json.dumps(passages))
         self.name, self.fingerprint = f"{model.name} with retrieval", f"{model.fingerprint} rag {mark} {count}"
 
     @property

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.calibration import label_confidence
-from slm.rows import Row
+from slm.rows import Row, plain
 
 NO_ANSWER = "(unreadable)"
 COMMON = ("exact_match", "lenient_exact_match", "schema_validity", "schema_error_rate", "lenient_schema_validity",
@@ -220,7 +220,7 @@ def _try(function: Callable, *given) -> tuple[object, str]:
 def _echo(asked: tuple[str, ...], text: str, value: dict | None) -> bool:
     """Whether an answer repeats what was asked: it stands in a part of the prompt, or the part in the answer."""
     told = (text, *map(str, Contract.flatten(value).values()))
-    pairs = ([" ".join(t.lower().split()) for t in pair] for pair in product(asked, told))
+    pairs = (map(plain, pair) for pair in product(asked, told))
     return any(min(len(a), len(t)) >= ECHO_CHARS and (a in t or t in a) for a, t in pairs)
 
 

@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 
 from slm.errors import SlmError
 from slm.models.base import Answer, Prompt, common_prefix, resident_mb
+from slm.rows import digest
 
 FOLDS = {"llama", "mistral", "phi3", "qwen2", "qwen3"}  # families with plain attention; others go the usual way
 
@@ -43,7 +44,7 @@ class HFModel:
         self._fold()
         trained = "".join(file_hash(f)[:8] for f in sorted(Path(adapter).glob("*.safetensors"))) if adapter else ""
         self.name = Path(adapter or folder).name
-        self.fingerprint = f"hf3 {weights} {trained} {hash_text(self.tokenizer.chat_template)}"
+        self.fingerprint = f"hf3 {weights} {trained} {digest(self.tokenizer.chat_template)}"
         self._batch = batch_size
 
     def _fold(self) -> None:
@@ -217,10 +218,3 @@ def _folded(module, query, key, value, attention_mask, scaling, shared=None, **_
     first = weights[..., :length].transpose(0, 1).reshape(groups, rows * each, length) @ before_value[0]
     out = out + first.view(groups, rows, each, size).transpose(0, 1)
     return out.reshape(rows, 1, heads, size), None
-
-
-def hash_text(text: str) -> str:
-    """12 hex digits of a text."""
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

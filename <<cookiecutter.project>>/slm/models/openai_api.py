@@ -1,7 +1,6 @@
 """Any OpenAI-compatible endpoint: hosted, llama.cpp's server, Ollama, vLLM, SGLang, LM Studio."""
 
 import asyncio
-import hashlib
 import os
 import random
 import time
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from slm.errors import SlmError
 from slm.models.base import Answer, Prompt
+from slm.rows import digest
 
 BACKOFF_S = 1.0  # first wait after a refusal; doubles each time, 60 s at most
 
@@ -22,7 +22,7 @@ class OpenAIModel:
         if not endpoint.url or not endpoint.model:
             raise SlmError("project.yaml: an endpoint needs both `url` and `model` (generate.endpoint, model.larger).")
         self.name, self.endpoint, self.purse = endpoint.model, endpoint, purse
-        self.fingerprint = hashlib.sha256(f"{endpoint.url} {endpoint.model}".encode()).hexdigest()[:16]
+        self.fingerprint = digest(f"{endpoint.url} {endpoint.model}", 16)
         self.calls, self.failed, self.stopped = 0, 0, ""
         self._key, self._next = os.environ.get(endpoint.api_key_env), 0.0
         if "api.openai.com" in endpoint.url and not self._key:

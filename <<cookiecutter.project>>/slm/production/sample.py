@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from slm.contract import Contract
 from slm.production.logs import LogLine
 from slm.registry import SETS
-from slm.rows import Row, digest, iter_lines, make_row, read_rows, write_jsonl, write_rows
+from slm.rows import Row, digest, iter_lines, make_row, plain, read_rows, write_jsonl, write_rows
 
 HOLDOUT = "data/eval/production_holdout.jsonl"
 REVIEW = "data/raw/production_review.jsonl"
@@ -44,7 +44,7 @@ def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
     held, trained = rows_of(settings)
     taken = {row.meta.provenance.get("request_id") for row in (*held, *trained)}
     sides = {row.meta.group: "training" for row in trained} | {row.meta.group: "holdout" for row in held}
-    texts = {_plain(row.user) for name in SETS for row in _rows(settings, f"data/eval/{name}.jsonl")}
+    texts = {plain(row.user) for name in SETS for row in _rows(settings, f"data/eval/{name}.jsonl")}
     sides |= {_group(row.user): "holdout" for row in held} | {_group(row.user): "training" for row in trained}
     rng = random.Random(own.seed)
     for line in sorted(lines, key=lambda one: one.request_id):
@@ -52,7 +52,7 @@ def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
         if line.request_id in taken:
             found.known += 1
             continue
-        if _plain(line.input) in texts:
+        if plain(line.input) in texts:
             found.in_eval += 1
             continue
         row, why = _row(contract, line)
@@ -129,11 +129,7 @@ def _pseudonym(line: LogLine) -> str:
 
 
 def _group(text: str) -> str:
-    return "production-" + digest(_plain(text))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
+    return "production-" + digest(plain(text))
 
 
 def _rows(settings, path: str) -> list[Row]:

@@ -36,17 +36,17 @@ def failures(settings, contract: Contract, model) -> list[Row]:
 
 
 def refuse_locked(settings, rows: Sequence[Row]) -> None:
-    """Raise SlmError, naming both rows, when one has the id of an evaluation row, or repeats its text as 04 judges it."""
+    """Raise SlmError, naming both rows, when one repeats the text of an evaluation row as 04 judges it; the same id or
+    the very text `training_rows` has refused."""
     from slm.curate.leakage import evaluation_rows, index_of, overlaps
     from slm.curate.text import sketch, text_of, words
 
-    sets = evaluation_rows(settings)
-    known, home = index_of(sets), {row.id: name for name, members in sets.items() for row in members}
+    known = index_of(evaluation_rows(settings))
     hits = overlaps(sketch([words(text_of(row)) for row in rows]), known, settings.curate.leakage)
     for row, hit in zip(rows, hits, strict=True):
-        what = f"has the id of a row of data/eval/{home[row.id]}.jsonl" if row.id in home else hit and f"is {known.verdict(hit).reason}"
-        if what:
-            raise SlmError(f"row {row.id} {what}; nothing is trained on evaluation rows. Run 04_curate again.")
+        if hit:
+            said = known.verdict(hit).reason
+            raise SlmError(f"row {row.id} is {said}; nothing is trained on evaluation rows. Run 04_curate again.")
 
 
 def pairs(rows: Sequence[Row], contract: Contract) -> list[dict]:

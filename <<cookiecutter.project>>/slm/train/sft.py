@@ -17,8 +17,7 @@ from slm.curate.versions import split_of
 from slm.errors import SlmError
 from slm.evaluate import baselines
 from slm.models import base_hash
-from slm.models.hf import hash_text
-from slm.rows import Row, read_rows, write_json, write_text
+from slm.rows import Row, digest, read_rows, write_json, write_text
 from slm.train.callbacks import general_loss, plot_loss, set_tracker, task_metric, watch, write_log
 from slm.train.cpu import patch_trl
 from slm.train.encode import Example, encode, load_tokenizer, preview, stop_ids
@@ -235,7 +234,7 @@ def _facts(settings, contract, tokenizer) -> dict:
     known = [d for d in registry.read(settings, "datasets") if files.items() <= d.get("split", {}).get("files", {}).items()]
     if not known:
         print("WARNING: these rows are not a recorded dataset version; run 04_curate, or the release gate will not pass.")
-    facts = {"rows": files, "contract": contract.schema_hash, "chat_template": hash_text(tokenizer.chat_template)}
+    facts = {"rows": files, "contract": contract.schema_hash, "chat_template": digest(tokenizer.chat_template)}
     facts["base_hash"] = base_hash(settings)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=settings.root, capture_output=True, text=True, check=False)
     return head(settings) | {
