@@ -133,6 +133,7 @@ def test_review_by_keyboard(project, page):
 
     page.wait_for_selector(".slm:has-text('1 decided')")
     page.keyboard.press("n")
+    page.wait_for_selector(".slm b:has-text('3 of 6')")  # a card that is still on its way would clear the note below
     page.keyboard.press("k")
     page.wait_for_selector(".slm b:has-text('2 of 6')")
     page.locator(".slm .note").fill("nobody would write this")
