@@ -335,7 +335,7 @@ SETTINGS = {"evaluate": {"resamples": 200}}
 
 def proof(file, kl):
     from slm.export.logits import LogitProof
-    from slm.settings import Divergence
+    from slm.sections import Divergence
 
     return LogitProof(file, 256, 1.0, kl, kl, getattr(Divergence(), file))
 

@@ -35,7 +35,8 @@ from slm.models import Answer
 from slm.models.program import ProgramModel
 from slm.rows import make_row as _make_row
 from slm.rows import write_rows
-from slm.settings import Endpoint, Settings
+from slm.sections import Endpoint
+from slm.settings import Settings
 from tickets import gold, ticket_rows
 
 

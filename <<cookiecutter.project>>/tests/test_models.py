@@ -12,7 +12,7 @@ from slm.models.cache import CachedModel
 from slm.models.base import common_prefix
 from slm.models.openai_api import OpenAIModel
 from slm.models.program import ProgramModel
-from slm.settings import Endpoint
+from slm.sections import Endpoint
 
 
 def prompt(text: str, tokens: int = 8) -> Prompt:

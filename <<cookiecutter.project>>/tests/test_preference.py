@@ -121,7 +121,7 @@ def total(text, weights=None):
 
 def settings_defaults():
     """The weights that project.yaml does not change."""
-    from slm.settings import Preference
+    from slm.sections import Preference
 
     return Preference().rewards
 

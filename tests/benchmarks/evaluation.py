@@ -110,7 +110,7 @@ def runtime(gguf: Path, prompts, rounds: int) -> dict:
     import llama_cpp
     from slm.models.llama_cpp import LlamaCppModel
     from slm.models.openai_api import OpenAIModel
-    from slm.settings import Endpoint
+    from slm.sections import Endpoint
 
     binary, found = build_server(), {"file": gguf.name, "rows": len(prompts), "slots": SLOTS, "threads": THREADS, "rounds": []}
     llama = llama_cpp.Llama(str(gguf), n_ctx=CONTEXT, n_threads=THREADS, n_threads_batch=THREADS, verbose=False, seed=0)
@@ -196,7 +196,7 @@ def client(prompts) -> dict:
     import multiprocessing
 
     from slm.models.openai_api import OpenAIModel
-    from slm.settings import Endpoint
+    from slm.sections import Endpoint
 
     fork = multiprocessing.get_context("fork")
     port = fork.Value("i", 0)

@@ -12,7 +12,7 @@ from slm.errors import SlmError
 from slm.models.base import Answer, Prompt
 from slm.models.llama_cpp import LlamaCppModel
 from slm.models.openai_api import OpenAIModel
-from slm.settings import Endpoint
+from slm.sections import Endpoint
 
 FILE = ".cache/teacher.sqlite"
 LOCAL_ROWS = 4  # rows per call of a local teacher: a small model loses the thread after that
