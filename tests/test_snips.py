@@ -15,8 +15,8 @@ VERBS = {
 }  # fmt: skip
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"snips_{name}", SNIPS / f"{name}.py")
+def load(name, folder=SNIPS):
+    spec = importlib.util.spec_from_file_location(f"snips_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -70,6 +70,19 @@ def test_a_slot_that_occurs_twice_is_a_list_and_an_unknown_slot_is_refused(parts
     twice = '{"tool":"AddToPlaylist","arguments":{"music_item":["album","album"]}}'
     assert contract.dump(contract.parse(twice).value) == twice
     assert contract.parse('{"tool":"PlayMusic","arguments":{"city":"Oslo"}}').stage == "schema"
+
+
+def test_arguments_go_into_the_order_of_the_sentence_and_mean_the_same(parts):
+    """Guards against training rows that differ from the published ones in more than the order of their arguments."""
+    contract, _, convert = parts
+    said = {"text": "book for two in oslo", "tool": "BookRestaurant", "arguments": {"party_size_number": "two", "city": "oslo"}, "place": "train:1"}
+    turned = {**said, "text": "in oslo for two", "arguments": {"city": "oslo", "party_size_number": "two"}, "place": "train:2"}
+    rows = convert.to_rows([said, turned], contract)
+    assert rows[0].answer == rows[1].answer
+    bench = load("snips", ROOT / "tests" / "benchmarks")
+    rows = bench.in_sentence_order(rows, {"train-1": said, "train-2": turned})
+    assert rows[0].answer.index("two") < rows[0].answer.index("oslo") and rows[1].answer.index("oslo") < rows[1].answer.index("two")
+    assert contract.parse(rows[0].answer).value == contract.parse(rows[1].answer).value == {k: said[k] for k in ("tool", "arguments")}
 
 
 @pytest.mark.parametrize("text", ["", "?", "rate", "play", "add this to", "{}", "weather in", "book a table for", "x" * 3000])
