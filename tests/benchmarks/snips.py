@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,9 +22,10 @@ RECIPE = {
     "curate.max_tokens": 256, "train.max_seq_length": 256, "train.eval_steps": 10_000, "train.save_steps": 10_000,
     "train.early_stopping": False, "evaluate.max_new_tokens": 80, "evaluate.batch_size": 128,
 }  # fmt: skip
+INSTRUCTION = "Turn the request into one tool call. Answer with JSON only."  # for the untrained base
 BEST, WATCHED = 7000, 100  # training rows of the ten minutes; rows of dev_internal that the loss is watched on
 CURVE = (250, 500, 1000, 2000, 4000)
-EPOCHS = {rows: max(1, min(4, 4000 // rows)) for rows in (*CURVE, BEST)}  # the curve's rule
+EPOCHS = {rows: max(1, min(4, 1000 // rows)) for rows in (*CURVE, BEST)}  # the curve's rule: 1,000 looks at least
 
 
 CHOICE = """## What was chosen, on `valid.jsonl` alone
@@ -192,6 +194,8 @@ def score(source: Path, rows: int) -> dict:
     from slm.evaluate import evaluate
     from slm.models import student
 
+    if not rows:  # it was never trained on two tokens of prompt
+        contract = replace(contract, system_prompt=INSTRUCTION)
     test, begin = published(source, contract, convert), time.perf_counter()
     model = student(settings, settings.path(f"outputs/adapters/snips-{rows}") if rows else None)
     result = evaluate(settings, contract, model, test, set="test", name="fine_tuned" if rows else "base")
@@ -211,22 +215,27 @@ def markdown(found: dict) -> str:
     def cells(r: dict) -> str:
         return " | ".join(cell(r[name]) for name in ("tool_accuracy", "argument_f1", "exact_match", "schema_validity"))
 
-    trained, scored, best = found["train"], found["score"], found["train"][str(BEST)]
+    trained, scored, best = found["train"], found["score"], found["train"][BEST]
     names = {"most frequent answer": found["results"]["majority"], "rules (`tests/snips/baseline.py`)": found["results"]["rules"],
-             "SmolLM2-135M-Instruct, untrained": scored["0"],
-             f"**SmolLM2-135M-Instruct, LoRA on {BEST:,} rows, CPU**": scored[str(BEST)]}  # fmt: skip
+             "SmolLM2-135M-Instruct, untrained": scored[0],
+             f"**SmolLM2-135M-Instruct, LoRA on {BEST:,} rows, CPU**": scored[BEST]}  # fmt: skip
     rows = [f"| {name} | {cells(r)} |" for name, r in names.items()]
     rows += [f"| {name} | {a:.1f} | {b:.1f} | {c:.1f} | - |" for name, (a, b, c) in PUBLISHED.items()]
-    curve, bars = [], []
-    for n in (*CURVE, BEST):
-        m, r = trained[str(n)]["metrics"], scored[str(n)]
+    curve, bars, ours = [], [], []
+    for n in trained:
+        m, r = trained[n]["metrics"], scored[n]
         curve.append(f"| {n:,} | {EPOCHS[n]} | {m['steps']} | {m['train_seconds'] / 60:.1f} | {m['dev_loss_final']:.3f} | {cells(r)} |")
         exact = 100 * r["exact_match"]["value"]
+        f1, few = 100 * r["argument_f1"]["value"], r["scouting"]
+        ours.append(
+            f"| **this recipe** | {n:,} x {EPOCHS[n]} | {m['train_seconds'] / 60:.1f} | {exact:.1f} | {f1:.1f} "
+            f"| {100 * few['exact_match']:.1f}, {100 * few['argument_f1']:.1f} |"
+        )
         bars.append(f"{n:6,}  {'#' * round(exact / 2):50}  {exact:.1f}")
     m, recipe, leaked = best["metrics"], best["recipe"], found["leaked_test_texts"]
-    rejected, same = ", ".join(f"{name} {count}" for name, count in found["rejected"].items()), scored[str(BEST)]["scouting"]
-    seconds = ", ".join(f"{int(n):,}: {r['seconds']:.0f}" for n, r in scored.items())
-    loads = ", ".join(f"{int(n):,}: {r['load'][1]:.0f}" for n, r in trained.items())
+    rejected = ", ".join(f"{name} {count}" for name, count in found["rejected"].items())
+    seconds = ", ".join(f"{n:,}: {r['seconds']:.0f}" for n, r in scored.items())
+    loads = ", ".join(f"{n:,}: {r['load'][1]:.0f}" for n, r in trained.items())
     return f"""# SNIPS: real requests that nobody here wrote
 
 Requests of real people to a voice assistant (Coucke et al. 2018, arXiv 1805.10190; data CC0 1.0,
@@ -234,7 +243,7 @@ github.com/sonos/nlu-benchmark), read as tool calls: the intent is the tool, the
 as a user brings own data: `tests/snips/contract.py`, `baseline.py` and `convert.py`. Run it again with
 `make bench NAME=snips`; this file is written by it.
 
-## Result on the {scored[str(BEST)]['rows']} published test rows
+## Result on the {scored[BEST]['rows']} published test rows
 
 Per cent, with 95 % intervals (Wilson; bootstrap over rows for F1).
 
@@ -249,26 +258,27 @@ They mark spans; here a chat model writes the JSON and copies the text, after on
 
 ## More in ten minutes
 
-Training time on 2 cores, the loss on dev_internal included. The first two runs saw 200 test rows, which ones is not
-recorded; ours are every seventh of the 700 from the first and from the fourth on. All three start from the same file.
+Training on 2 cores, dev_internal's loss included in the minutes. The two scouting runs were measured on 200 test rows, which ones is
+not recorded; the 200 of the last column are every seventh of the 700 from the first and from the fourth on.
 
-| run | rows x epochs | minutes | whole call right | argument F1 |
-|---|---|---|---|---|
-| scouting: Unsloth, rank 16, lr 1e-3, batch 16 | 800 x 3 | 10 | 32.5 | 60.4 |
-| scouting, one look at more rows | 2,400 x 1 | 10 | 34.5 | 61.4 |
-| profile `cpu` as it was, 14-token system prompt, TRL (all 700 rows) | 1,912 x 1 | 4.2 | 46.3 | 76.3 |
-| **this recipe**, on those 200 | {BEST:,} x {EPOCHS[BEST]} | {m['train_seconds'] / 60:.1f} | {100 * same['exact_match']:.1f} | {100 * same['argument_f1']:.1f} |
+| run | rows x epochs | minutes | whole call right | argument F1 | right, F1 on 200 |
+|---|---|---|---|---|---|
+| scouting: Unsloth, rank 16, lr 1e-3, batch 16 | 800 x 3 | 10 | - | - | 32.5, 60.4 |
+| scouting, one look at more rows | 2,400 x 1 | 10 | - | - | 34.5, 61.4 |
+| profile `cpu`, TRL, system prompt of 14 tokens | 1,912 x 1 | 4.2 | 46.3 | 76.3 | - |
+{chr(10).join(ours)}
 
 ## Learning curve
 
-The same recipe; the rule for epochs is 4,000 / rows, at least 1 and at most 4. Each set of rows holds the smaller ones. One seed.
+The same recipe; the rule for epochs is 1,000 / rows, at least 1 and at most 4, so that 250 to 1,000 rows differ in variety
+alone and from there on every row is new. Each set of rows holds the smaller ones. One seed.
 
 | rows | epochs | steps | minutes | loss, dev_internal | tool accuracy | argument F1 | whole call right | valid under the schema |
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(curve)}
 
 ```text
-  rows  whole call right, per cent of {scored[str(BEST)]['rows']} test rows
+  rows  whole call right, per cent of {scored[BEST]['rows']} test rows
 {chr(10).join(bars)}
 ```
 
@@ -276,36 +286,28 @@ The same recipe; the rule for epochs is 4,000 / rows, at least 1 and at most 4. 
 
 * Rows: {found['read']:,} of the training file (70 of them seed), evenly over the tools; {found['accepted']:,} passed the gates, 80 % of them
   are for training, in their order after the split. Rejected: {rejected}.
-* Recipe: profile `cpu` with one row in view once, and otherwise as it stands: LoRA rank {recipe['lora_rank']} on the upper {recipe['lora_layers']} layers, all linear
-  layers, learning rate {recipe['learning_rate']:g}, {recipe['lr_scheduler']}, batch {recipe['batch_size_per_device']}, batches of like length, bf16, the answer's tokens only. Besides, by trainer
-  `{recipe['trainer']}`; a system prompt of two tokens (12 fewer in every row); and the arguments in the order of the sentence,
-  where 04 puts them into the contract's.
+* Recipe: profile `cpu` but for the epochs: LoRA rank {recipe['lora_rank']} on the upper {recipe['lora_layers']} layers, all linear
+  layers, learning rate {recipe['learning_rate']:g}, {recipe['lr_scheduler']}, batch {recipe['batch_size_per_device']}, batches of like length, bf16, the answer's tokens only. New here: trainer
+  `{recipe['trainer']}`; a system prompt of two tokens (12 fewer in every row); the arguments in the order of the sentence, where
+  04 puts them into the contract's.
 * {m['steps']} steps, {m['tokens']:,} tokens in {m['train_seconds'] / 60:.1f} minutes ({m['tokens_per_s']:.0f} tokens/s); loss {m['loss_first']:.2f} -> {m['loss_final']:.3f}. The loss on six everyday
   questions went from {m['general_loss_first']:.2f} to {m['general_loss_final']:.2f} nats a token: what the model could do besides is overwritten.
 * Machine: {best['device']}; torch {best['packages']['torch']}, transformers {best['packages']['transformers']}, trl {best['packages']['trl']}, peft {best['packages']['peft']}, unsloth {best['packages']['unsloth']}.
   Load at the end of each training, other work on the machine at idle priority: {loads}. Seconds to answer the test rows: {seconds}.
 * Decoding: greedy, no grammar, at most 80 tokens. Rules and recipe were made with training rows and `valid.jsonl` in view; nothing
   was chosen on the test rows.
-* The base model with the better prompt was not run: the schema alone is about 4,000 tokens.
+* The untrained model was asked with "{INSTRUCTION}"; with the better prompt of 02 it
+  was not run: the schema alone is about 4,000 tokens.
 
 {CHOICE}
 ## Leaks
 
-The leakage gate of 04, over the whole training file, finds {len(leaked)} of the {scored[str(BEST)]['rows']} test rows there word for word (case and
+The leakage gate of 04, over the whole training file, finds {len(leaked)} of the {scored[BEST]['rows']} test rows there word for word (case and
 punctuation aside), and {found['near_test']} more training rows that are close paraphrases of test rows. None of them was trained on
 here; the published figures keep them. The test rows:
 
 {chr(10).join(f'* {text}' for text in leaked)}
 """
-
-
-def step(name: str, options, *arguments: str) -> dict:
-    """What this script finds in a process of its own (Unsloth patches its process), kept in build/snips."""
-    file = WORK / f"{name}.json"
-    if not (options.keep and file.is_file()):
-        command = [sys.executable, __file__, "--data", str(options.data), "--rows", str(options.rows), *arguments]
-        subprocess.run(command, check=True)
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -315,26 +317,37 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=9300, help="rows taken from the training file, before the gates")
     parser.add_argument("--keep", action="store_true", help="go on in build/snips instead of measuring anew")
     parser.add_argument("--prepare", action="store_true", help="this step only")
-    parser.add_argument("--train", type=int, metavar="ROWS", help="this step only")
-    parser.add_argument("--score", type=int, metavar="ROWS", help="this step only; 0: the untrained base")
+    parser.add_argument("--train", type=int, nargs="+", metavar="ROWS", help="this step only")
+    parser.add_argument("--score", type=int, nargs="+", metavar="ROWS", help="this step only; 0: the untrained base")
     options = parser.parse_args()
     if not (options.data / "test.jsonl").is_file():
         sys.exit(f"{options.data}: no test.jsonl; set SNIPS_DATA to a folder with SNIPS as train, valid and test.jsonl.")
-    for name, wanted, work in (
-        ("prepare", options.prepare, lambda: prepare(options.data, options.rows)),
-        (f"train-{options.train}", options.train is not None, lambda: train_on(options.train)),
-        (f"score-{options.score}", options.score is not None, lambda: score(options.data, options.score)),
-    ):
-        if wanted:
-            found = work()
-            print(json.dumps(found))
-            return (WORK / f"{name}.json").write_text(json.dumps(found), encoding="utf-8") and None
-    found = step("prepare", options, "--prepare")
-    points = sorted({*CURVE, BEST})
-    found["train"] = {str(rows): step(f"train-{rows}", options, "--train", str(rows)) for rows in points}
-    found["score"] = {str(rows): step(f"score-{rows}", options, "--score", str(rows)) for rows in (0, *points)}
+    if options.prepare:
+        return keep("prepare", prepare(options.data, options.rows))
+    for rows in options.train or []:
+        keep(f"train-{rows}", train_on(rows))
+    for rows in options.score or []:
+        keep(f"score-{rows}", score(options.data, rows))
+    if options.train or options.score:
+        return None
+    if not options.keep:
+        shutil.rmtree(WORK, ignore_errors=True)
+    points, found = sorted({*CURVE, BEST}), {}
+    # Each step in a process of its own: Unsloth patches its process.
+    for name, wanted in (("prepare", [""]), ("train", points), ("score", [0, *points])):
+        files = {rows: WORK / (f"{name}-{rows}.json" if rows != "" else "prepare.json") for rows in wanted}
+        if missing := [str(rows) for rows, file in files.items() if not file.is_file()]:
+            given = ["--data", str(options.data), "--rows", str(options.rows), f"--{name}", *filter(None, missing)]
+            subprocess.run([sys.executable, __file__, *given], check=True)
+        found[name] = {rows: json.loads(file.read_text(encoding="utf-8")) for rows, file in files.items()}
+    found |= found.pop("prepare")[""]
     REPORT.write_text(markdown(found), encoding="utf-8")
     print(json.dumps({"benchmark": "snips", **found}))
+
+
+def keep(name: str, found: dict) -> None:
+    """Put a step's figures into build/snips."""
+    (WORK / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
