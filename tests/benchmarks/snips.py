@@ -245,7 +245,6 @@ def markdown(found: dict) -> str:
         bars.append(f"{n:6,}  {'#' * round(exact / 2):50}  {exact:.1f}")
     m, recipe, leaked = best["metrics"], best["recipe"], found["leaked_test_texts"]
     rejected = ", ".join(f"{name} {count}" for name, count in found["rejected"].items())
-    seconds = ", ".join(f"{n:,}: {r['seconds']:.0f}" for n, r in scored.items())
     loads = ", ".join(f"{n:,}: {r['load'][1]:.0f}" for n, r in trained.items())
     return f"""# SNIPS: real requests that nobody here wrote
 
@@ -308,7 +307,7 @@ row more is also a look more, so that the curve does not say what the same minut
 * {m['steps']} steps, {m['tokens']:,} tokens in {m['train_seconds'] / 60:.1f} minutes ({m['tokens_per_s']:.0f} tokens/s); loss {m['loss_first']:.2f} -> {m['loss_final']:.3f}. The loss on six everyday
   questions went from {m['general_loss_first']:.2f} to {m['general_loss_final']:.2f} nats a token: what the model could do besides is overwritten.
 * Machine: {best['device']}; torch {best['packages']['torch']}, transformers {best['packages']['transformers']}, trl {best['packages']['trl']}, peft {best['packages']['peft']}, unsloth {best['packages']['unsloth']}.
-  Load at the end of each training, other work on the machine at idle priority: {loads}. Seconds to answer the test rows: {seconds}.
+  Load at the end of each training, other work on the machine at idle priority: {loads}. The test rows took {scored[BEST]['seconds']:.0f} seconds.
 * Decoding: greedy, no grammar, at most 80 tokens. Rules and recipe were made with training rows and `valid.jsonl` in view; nothing
   was chosen on the test rows.
 * The untrained model was asked with "{INSTRUCTION}"; with the better prompt of 02 it
