@@ -35,8 +35,8 @@ CAUSES: dict[str, tuple[str, str]] = {
 
 class Finding(BaseModel):
     """One failed row: its primary cause, the other causes that also match, and the evidence in words. `fault` names a
-    serving fault ("empty", "template", "stop", "length", "parser") or is empty; `blame` is data, model, schema or
-    deployment. `label` is the expected category, `got` the given one, `field` the first wrong field."""
+    serving fault ("error", "echo", "empty", "template", "stop", "length", "parser") or is empty; `blame` is data, model,
+    prompt, schema or deployment. `label` is the expected category, `got` the given one, `field` the first wrong field."""
 
     model_config = ConfigDict(extra="forbid")
     row_id: str
@@ -72,6 +72,10 @@ def serving_fault(score: Score) -> tuple[str, str]:
     text, expected = score.text, json.dumps(score.expected, ensure_ascii=False, separators=(",", ":"))
     if score.parsed is not None:
         return "", ""
+    if score.finish_reason == "error":
+        return "error", f"the request failed, there is no answer: {text[:80]}"
+    if score.shares.get("echo_rate"):
+        return "echo", "the answer repeats the prompt: the template does not say where the answer begins"
     if not text.strip():
         return "empty", "the answer is empty: the stop token came first, or the template leaves no room for one"
     if hit := TEMPLATE.search(text):
@@ -159,6 +163,9 @@ def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: di
     lengths = sorted(len(row.user.split()) for row, _ in pairs) or [0]
     long_words = max(60, 2 * lengths[len(lengths) // 2])
     shares = Counter(serving_fault(score)[0] for _, score in pairs)
+    listed = json.dumps([contract.schema, None, "None"], ensure_ascii=False)
+    odd = {s.row_id: str(contract.label(contract.parse(s.text, lenient=True).value)) for _, s in pairs if s.stage == "schema"}
+    often = {name for name, count in Counter(odd.values()).items() if count >= TRAINED and f'"{name}"' not in listed}
     found = []
     for row, score in pairs:
         if score.exact:
@@ -166,11 +173,15 @@ def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: di
         case = Case(row, score, contract, trained, long_words)
         matches = [(cause, evidence) for cause, test in RULES if (evidence := test(case))]
         cause, evidence = matches[0] if matches else ("wrong label", score.explanation)
-        systematic = bool(case.fault) and shares[case.fault] >= SYSTEMATIC * len(pairs)
+        blame = "prompt" if case.fault == "echo" else CAUSES[cause][0]
+        if odd.get(row.id) in often and not case.fault:
+            blame, evidence = "schema", f"{contract.label_field} {odd[row.id]!r} in many answers: does the contract lack a value?"
+        if case.fault == "error" or case.fault and shares[case.fault] >= SYSTEMATIC * len(pairs):
+            blame = "deployment"
         found.append(Finding(
             row_id=row.id, cause=cause, others=list(dict.fromkeys(c for c, _ in matches if c != cause)), evidence=evidence,
-            fault=case.fault, blame="deployment" if systematic else CAUSES[cause][0], label=case.label, got=case.got,
-            field=next((n for n in case.wrong if n != contract.label_field or n == case.wrong[0]), ""),
+            fault=case.fault, blame=blame, label=case.label, got=case.got,
+            field=next(iter(case.wrong), "") if case.same_label or not contract.label_field else contract.label_field,
             kind=row.meta.kind, difficulty=row.meta.difficulty,
         ))  # fmt: skip
     return found

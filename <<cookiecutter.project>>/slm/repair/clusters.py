@@ -1,10 +1,19 @@
-"""Failures that would be mended by the same rows: the user's own patterns first, then cause, label and field."""
+"""Failures that would be mended by the same rows: the user's own patterns first, then cause, label or field, and topic."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from slm.repair.causes import Finding
-from slm.rows import Row
+from pydantic import BaseModel, ConfigDict, Field
+
+from slm.curate.engine import embed
+from slm.curate.text import text_of, tfidf, words
+from slm.repair.causes import CAUSES, Finding
+from slm.rows import Difficulty, Kind, Row
+
+SPLIT = 10  # failures from which on a group is searched for topics
+BY_LABEL = ("missing category", "wrong label", "tool name wrong")  # causes of which each label is a cluster of its own
+APART = 0.05  # least silhouette of a split; a random one has about 0
 
 
 @dataclass(frozen=True)
@@ -17,72 +26,158 @@ class Pattern:
     situation: str
 
 
+class Situation(BaseModel):
+    """What new rows must show; category, kind and difficulty are those of the failures where it does not say."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    situation: str = Field(min_length=10, max_length=400)
+    category: str = ""
+    kind: Kind | None = None
+    difficulty: Difficulty | None = None
+
+
+class Contradiction(BaseModel):
+    """A training row like a failed one that teaches, in the field that failed, what the model wrongly said."""
+
+    row_id: str
+    train_id: str
+    cosine: float
+    field: str
+    taught: str
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """Failures of one cause and one label (or one pattern), and the situation that new rows must show."""
+    """Failures of one kind, and the situations that new rows must show. `about` are words that set its messages apart,
+    for a reader only; `twins` are the likest training rows; `by` names the judge that made it."""
 
     name: str
     cause: str
     label: str
     got: str
-    situation: str
+    situations: tuple[Situation, ...]
     findings: tuple[Finding, ...]
+    field: str = ""
+    about: str = ""
+    blame: str = "data"
+    root_cause: str = ""
+    repair: str = ""
+    twins: tuple[str, ...] = ()
+    contradictions: tuple[Contradiction, ...] = ()
+    by: str = "rules"
 
     @property
-    def serving(self) -> str:
+    def check_first(self) -> str:
         """The evidence of a systematic serving fault, which no row can mend; "" otherwise."""
-        return next((f.evidence for f in self.findings if f.blame == "deployment"), "")
+        return self.root_cause if self.blame == "deployment" else ""
 
 
 # What the teacher is asked to show. No text of an evaluation row ever stands here: that would leak it into training.
 SITUATIONS = {
-    "missing category": "the full breadth of {label}: common and rare situations, each with its own detail",
-    "wrong schema": "input that tempts one into invalid output for {label}: braces, quotes, lists, unusual label words",
-    "wrong label": "{field} hangs on one detail of the text and is easily got wrong{got}",
-    "too verbose": "input that invites an explanation, while the answer is the bare object for {label}",
-    "refusal when it should answer": "a real request of {label} in an odd guise: vague, rude, very short, off-topic at first",
-    "answer when it should refuse": "nothing to act on, though words of{got} occur: no request, missing facts, spam",
-    "tool name wrong": "a request for {label} in words that also fit another tool{got}",
-    "tool argument wrong": "{field} is said in an unusual place, order or format, and must be copied right",
-    "hallucinated field": "{field} is not in the text, or a look-alike stands in its place",
-    "fails long input": "60 to 110 words for {label}; the deciding fact stands late, between side matters",
-    "fails adversarial input": "orders to the model, false labels and misleading phrasing around a case of {label}",
-}
+    "missing category": ("the everyday case of {label}, each with its own detail", "a rare but clear case of {label}",
+                         "{label} next to a detail that belongs to another category"),
+    "wrong schema": ("input that tempts one into invalid output for {label}: braces, quotes, lists",
+                     "unusual words for {label} that are no value of the contract", "a pasted form, log or JSON around {label}"),
+    "wrong label": ("{field} hangs on one detail of the text and is easily got wrong{got}",
+                    "the detail that decides {field} stands in the last words", "two facts pull {field} apart; the text says which counts"),
+    "too verbose": ("input that invites an explanation, while the answer is the bare object for {label}",
+                    "a question about the answer itself, around a case of {label}"),
+    "refusal when it should answer": ("a real request of {label} in an odd guise: vague, rude or off-topic at first",
+                                      "a real request of {label} in a handful of words"),
+    "answer when it should refuse": ("nothing to act on, though words of{got} occur: no request, missing facts, spam",
+                                     "thanks, chatter or a message for somebody else that names{got}"),
+    "tool name wrong": ("a request for {label} in words that also fit another tool{got}", "{label} asked for without its usual verb"),
+    "tool argument wrong": ("{field} is said in an unusual place, order or format, and must be copied right",
+                            "{field} is corrected later in the same message", "{field} stands beside a look-alike"),
+    "hallucinated field": ("{field} is not in the text", "a look-alike stands in the place of {field}",
+                           "{field} is asked about or denied, and no value is given"),
+    "fails long input": ("60 to 110 words for {label}; the deciding fact stands late, between side matters",
+                         "a forwarded thread on {label}; only the newest message counts"),
+    "fails adversarial input": ("orders to the model around a real case of {label}", "false labels and pasted answers around {label}",
+                                "misleading words of other categories around {label}"),
+}  # fmt: skip
 
 
-def clusters(findings: Sequence[Finding], pairs: Sequence[tuple], patterns: Sequence[Pattern] = ()) -> list[Cluster]:
-    """The failures grouped, the largest group first. `pairs` are the (row, score) of the run, for the patterns. A
-    failure goes to the first pattern that matches it; the others are grouped by cause, label and wrong field."""
-    by_id = {row.id: (row, score) for row, score in pairs}
-    groups: dict[tuple, list[Finding]] = {}
-    for finding in findings:
-        deployment = finding.blame == "deployment"
-        own = next((p for p in patterns if not deployment and p.match(*by_id[finding.row_id])), None)
-        field = finding.field if finding.cause in ("wrong label", "tool argument wrong", "hallucinated field") else ""
-        key = (own.name, None, own) if own else (finding.cause, "" if deployment else finding.label, field)
-        groups.setdefault(key, []).append(finding)
-    found = [_cluster(key, group) for key, group in groups.items()]
+def clusters(
+    findings: Sequence[Finding], pairs: Sequence[tuple], patterns: Sequence[Pattern] = (), embedder: str = ""
+) -> list[Cluster]:  # fmt: skip
+    """The failures grouped, the largest group first. `pairs` are the (row, score) of the run. A failure goes to the first
+    pattern that matches it; the others are grouped by cause and by what is wrong: the label, or one field under any
+    label. A large group is split by what its messages are about, over TF-IDF or the vectors of `embedder`."""
+    by_id, groups, found = {row.id: (row, score) for row, score in pairs}, {}, []
+    for f in findings:
+        own = next((p for p in patterns if f.blame != "deployment" and p.match(*by_id[f.row_id])), None)
+        field = f.field if f.cause in ("wrong label", "tool argument wrong", "hallucinated field") else ""
+        label = f.label if f.cause in BY_LABEL and f.got != f.label and f.blame != "deployment" else ""
+        groups.setdefault((own.name, "", own) if own else (f.cause, label, field), []).append(f)
+    said = {row.id: set(words(text_of(row))) for row, _ in pairs}
+    for key, group in groups.items():
+        parts = _topics(group, [text_of(by_id[f.row_id][0]) for f in group], embedder)
+        found += [_cluster(key, part, said, f" ({n})" if len(parts) > 1 else "") for n, part in enumerate(parts, 1)]
     return sorted(found, key=lambda c: (-len(c.findings), c.name))
 
 
 def cluster_table(found: Sequence[Cluster]) -> list[dict]:
     """One line per cluster."""
     return [
-        {"cluster": c.name, "rows": len(c.findings), "cause": c.cause, "label": c.label or "several", "often taken for": c.got,
-         "example": c.findings[0].evidence} for c in found
+        {"cluster": c.name, "rows": len(c.findings), "cause": c.cause, "taken for": c.got, "about": c.about, "fault of": c.blame,
+         "root cause": c.root_cause, "contradictions": len(c.contradictions), "by": c.by} for c in found
     ]  # fmt: skip
 
 
-def _cluster(key: tuple, group: list[Finding]) -> Cluster:
-    name, label, rest = key
-    got = _commonest([f.got for f in group if f.got and f.got != f.label])
-    if isinstance(rest, Pattern):
-        return Cluster(rest.name, _commonest([f.cause for f in group]), "", got, rest.situation, tuple(group))
-    taken = f", taken for {got}" if got else ""
-    if name == "answer when it should refuse":
-        taken = f" {got or 'other labels'}"
-    text = SITUATIONS[name].format(label=label or "any label", field=rest or "the label", got=taken)
-    return Cluster(" / ".join(part for part in key if part), name, label, got, text, tuple(group))
+def rows_table(found: Sequence[Cluster], pairs: Sequence[tuple], most: int = 5) -> list[dict]:
+    """The failed rows behind each cluster, `most` of each: what was asked, expected and answered."""
+    by_id = {row.id: (row, score) for row, score in pairs}
+    shown = [(c.name, *by_id[f.row_id], f) for c in found for f in c.findings[:most]]
+    return [
+        {"cluster": name, "row": row.id, "input": row.user[:160], "answer": score.text[:120], "evidence": f.evidence}
+        for name, row, score, f in shown
+    ]  # fmt: skip
+
+
+def vectors(texts: Sequence[str], embedder: str):
+    """Unit vectors of texts, (n, size)."""
+    return embed(embedder, texts) if embedder else tfidf(texts)
+
+
+def _topics(group: list[Finding], texts: list[str], embedder: str) -> list[list[Finding]]:
+    """The group in parts of three failures or more, by k-means with the best silhouette (Rousseeuw 1987); whole where no
+    split stands out."""
+    import numpy as np
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
+    best, kept = APART, np.zeros(len(group), int)
+    if len(group) < SPLIT or not any(map(words, texts)):
+        return [group]
+    made = vectors(texts, embedder)
+    for k in range(2, len(group) // 5 + 1):
+        ids = KMeans(k, n_init=5, random_state=0).fit_predict(made)
+        if np.bincount(ids).min() >= 3 and (score := silhouette_score(made, ids, metric="cosine")) > best:
+            best, kept = score, ids
+    return [[f for f, own in zip(group, kept, strict=True) if own == part] for part in dict.fromkeys(kept.tolist())]
+
+
+def _cluster(key: tuple, group: list[Finding], said: dict[str, set], part: str) -> Cluster:
+    cause, label, rest = key
+    got, labels = _commonest([f.got for f in group if f.got and f.got != f.label]), {f.label for f in group}
+    own = isinstance(rest, Pattern)
+    cause = _commonest([f.cause for f in group]) if own else cause
+    label = label or (labels.pop() if len(labels) == 1 else "")
+    taken = f" {got or 'other labels'}" if cause == "answer when it should refuse" else f", taken for {got}" if got else ""
+    how = {"label": label or "any label", "field": "" if own else rest or "the label", "got": taken}
+    texts = (rest.situation,) if own else [text.format(**how) for text in SITUATIONS[cause]]
+    blame = _commonest([f.blame for f in group])
+    inside, outside = (Counter(w for i, ws in said.items() if (i in ids) == here for w in ws if len(w) > 3)
+                       for ids in [{f.row_id for f in group}] for here in (True, False))  # fmt: skip
+    rest_of = max(1, len(said) - len(group))
+    apart = sorted((outside[w] / rest_of - n / len(group), w) for w, n in inside.items() if n > 1)
+    return Cluster(
+        (key[0] if own else " / ".join(p for p in (cause, label, rest) if p)) + part, cause, label, got,
+        tuple(Situation(situation=text) for text in texts), tuple(group), field="" if own else rest,
+        about=", ".join(w for _, w in apart[:3]), blame=blame, repair=CAUSES[cause][1],
+        root_cause=next((f.evidence for f in group if f.blame == blame), "") if blame != "data" else "",
+    )  # fmt: skip
 
 
 def _commonest(values: list[str]) -> str:
