@@ -97,14 +97,10 @@ def repair(
     config: Config = "project.yaml",
 ) -> None:
     """Why a run fails on dev and which rows would mend it (07); with --apply they are made, and kept if they help."""
-    from slm.repair import rounds as work
-    from slm.repair.plan import next_step
+    from slm.repair.rounds import rounds as repair_rounds
 
     given = dict(parse_override(item) for item in s or [])
-    if apply:
-        work.rounds(run_id, project_contract(load_settings(config)), config, given, rounds)
-    else:
-        print(next_step(*work.plan_for(run_id, config, given)))
+    repair_rounds(run_id, project_contract(load_settings(config)), config, given, rounds if apply else 0)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from slm.curate.engine import embed
 from slm.curate.text import text_of, tfidf, words
-from slm.repair.causes import CAUSES, Finding
+from slm.repair.causes import Finding
 from slm.rows import Difficulty, Kind, Row
 
 SPLIT = 10  # failures from which on a group is searched for topics
@@ -36,34 +36,23 @@ class Situation(BaseModel):
     difficulty: Difficulty | None = None
 
 
-class Contradiction(BaseModel):
-    """A training row like a failed one that teaches, in the field that failed, what the model wrongly said."""
-
-    row_id: str
-    train_id: str
-    cosine: float
-    field: str
-    taught: str
-
-
-@dataclass(frozen=True)
-class Cluster:
+class Cluster(BaseModel):
     """Failures of one kind, and the situations that new rows must show. `about` are words that set its messages apart,
-    for a reader only; `twins` are the likest training rows; `by` names the judge that made it."""
+    for a reader only; `twins` the likest training rows; `contradictions` those that teach what the model wrongly said
+    (row, train, cosine, field, taught); `by` names the judge that made it."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     cause: str
-    label: str
-    got: str
-    situations: tuple[Situation, ...]
-    findings: tuple[Finding, ...]
-    field: str = ""
+    label: str = ""
+    got: str = ""
     about: str = ""
     blame: str = "data"
     root_cause: str = ""
-    repair: str = ""
-    twins: tuple[str, ...] = ()
-    contradictions: tuple[Contradiction, ...] = ()
+    situations: list[Situation] = []
+    findings: list[Finding]
+    twins: list[str] = []
+    contradictions: list[dict] = []
     by: str = "rules"
 
     @property
@@ -159,24 +148,20 @@ def _topics(group: list[Finding], texts: list[str], embedder: str) -> list[list[
 
 
 def _cluster(key: tuple, group: list[Finding], said: dict[str, set], part: str) -> Cluster:
-    cause, label, rest = key
-    got, labels = _commonest([f.got for f in group if f.got and f.got != f.label]), {f.label for f in group}
-    own = isinstance(rest, Pattern)
-    cause = _commonest([f.cause for f in group]) if own else cause
-    label = label or (labels.pop() if len(labels) == 1 else "")
+    own, labels = isinstance(key[2], Pattern), {f.label for f in group}
+    cause, blame = (_commonest([getattr(f, name) for f in group]) for name in ("cause", "blame"))
+    got, label = _commonest([f.got for f in group if f.got != f.label]), labels.pop() if len(labels) == 1 else ""
+    got = got if 3 * sum(f.got == got for f in group) >= len(group) else ""
     taken = f" {got or 'other labels'}" if cause == "answer when it should refuse" else f", taken for {got}" if got else ""
-    how = {"label": label or "any label", "field": "" if own else rest or "the label", "got": taken}
-    texts = (rest.situation,) if own else [text.format(**how) for text in SITUATIONS[cause]]
-    blame = _commonest([f.blame for f in group])
-    inside, outside = (Counter(w for i, ws in said.items() if (i in ids) == here for w in ws if len(w) > 3)
-                       for ids in [{f.row_id for f in group}] for here in (True, False))  # fmt: skip
-    rest_of = max(1, len(said) - len(group))
-    apart = sorted((outside[w] / rest_of - n / len(group), w) for w, n in inside.items() if n > 1)
+    how = {"label": label or "any label", "field": key[2] or "the label", "got": taken}
+    texts = [key[2].situation] if own else [text.format(**how) for text in SITUATIONS[cause]]
+    ids = {f.row_id for f in group}
+    here, all_rows = (Counter(w for i in which for w in said[i] if len(w) > 3) for which in (ids, said))
+    about = sorted((w for w, n in here.items() if n > 1), key=lambda w: (-here[w] / all_rows[w], -here[w], w))[:3]
     return Cluster(
-        (key[0] if own else " / ".join(p for p in (cause, label, rest) if p)) + part, cause, label, got,
-        tuple(Situation(situation=text) for text in texts), tuple(group), field="" if own else rest,
-        about=", ".join(w for _, w in apart[:3]), blame=blame, repair=CAUSES[cause][1],
-        root_cause=next((f.evidence for f in group if f.blame == blame), "") if blame != "data" else "",
+        name=(key[0] if own else " / ".join(filter(None, key))) + part, cause=cause, label=label, got=got, blame=blame,
+        about=", ".join(about), situations=[Situation(situation=text) for text in texts], findings=group,
+        root_cause=next(f.evidence for f in group if f.blame == blame) if blame not in ("data", "model") else "",
     )  # fmt: skip
 
 

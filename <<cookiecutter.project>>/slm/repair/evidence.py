@@ -1,14 +1,14 @@
 """What training already holds of a failure: the rows like it, rows that teach the opposite, and the root cause that follows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import islice
 
 from slm.contract import Contract
+from slm.curate.duplicates import _copied
 from slm.curate.text import text_of
 from slm.repair.causes import CAUSES, Finding
-from slm.repair.clusters import Cluster, Contradiction, Pattern, clusters, vectors
-from slm.rows import Row, iter_rows
+from slm.repair.clusters import Cluster, Pattern, clusters, vectors
+from slm.rows import iter_rows
 
 MOST = 50_000  # training rows that are compared
 NEAREST = 3
@@ -20,63 +20,46 @@ def examine(
     settings, contract: Contract, findings: Sequence[Finding], pairs: Sequence[tuple], patterns: Sequence[Pattern] = (),
     prompt: Callable | None = None,
 ) -> list[Cluster]:  # fmt: skip
-    """The clusters of a run's failures with what training holds of them; named anew by `repair.judge` where one is set,
+    """The clusters of a run's failures with what training holds of them; as `repair.judge` sees them where one is set,
     which is asked with `prompt(contract, failures)`. A judge that fails changes nothing and is said."""
-    found = against_training(settings, contract, clusters(findings, pairs, patterns, settings.curate.embedder), pairs)
-    if settings.repair.judge.url and prompt:
-        from slm.repair.judge import renamed
+    from slm.repair.judge import judged
 
-        found = renamed(settings, contract, found, pairs, prompt)
-    return found
+    found = against_training(settings, contract, clusters(findings, pairs, patterns, settings.curate.embedder), pairs)
+    return judged(settings, contract, found, pairs, prompt) if settings.repair.judge.url and prompt else found
 
 
 def against_training(settings, contract: Contract, found: Sequence[Cluster], pairs: Sequence[tuple]) -> list[Cluster]:
-    """The clusters with their likest training rows, contradictions and, where the data is suspected, the root cause: rows
-    that teach otherwise, too few rows that teach it, or enough of them, and then the model has not learnt it."""
+    """The clusters with their likest training rows and their root cause: rows that teach otherwise (alike, with the
+    model's wrong value where it was not copied from the message); else too few rows of the same value and kind; else
+    enough of them, and the model has not learnt it."""
     path, embedder = settings.path("data/accepted/train.jsonl"), settings.curate.embedder
     train = list(islice(iter_rows(path), MOST)) if path.is_file() else []
-    by_id, result = {row.id: (row, score) for row, score in pairs}, []
-    if not train or not found:
+    if not train:
         return list(found)
-    order = [f.row_id for c in found for f in c.findings]
-    made = vectors([text_of(r) for r in [*(by_id[i][0] for i in order), *train]], embedder)
-    cosines = made[: len(order)] @ made[len(order) :].T
-    cosines = cosines if embedder else cosines.toarray()
-    near = {i: [(float(c[n]), train[n]) for n in c.argsort(kind="stable")[::-1][:NEAREST]] for i, c in zip(order, cosines, strict=True)}
+    by_id, result = {row.id: (row, score) for row, score in pairs}, []
     values = [contract.flatten(contract.parse(row.answer).value) for row in train]
     for cluster in found:
-        against, taught = [], []
-        for f in cluster.findings:
-            _, score = by_id[f.row_id]
-            want, given = contract.flatten(score.expected), contract.flatten(score.parsed)
-            open_ = _open(contract, f.field) and want.get(f.field) is not None
-            taught.append(sum(f.field in v and (v[f.field] is not None if open_ else v[f.field] == want.get(f.field)) for v in values))
-            against += [hit for c, row in near[f.row_id] if (hit := _against(contract, f, row, c, given, want, bool(embedder)))]
-        twins = sorted({(round(c, 2), row.id) for f in cluster.findings for c, row in near[f.row_id]}, reverse=True)
-        cause, blame, n = cluster.root_cause, cluster.blame, len(cluster.findings)
+        made = vectors([text_of(r) for r in [*(by_id[f.row_id][0] for f in cluster.findings), *train]], embedder)
+        n, twins, against, taught = len(cluster.findings), {}, [], []
+        cosines = made[:n] @ made[n:].T
+        for f, near in zip(cluster.findings, cosines if embedder else cosines.toarray(), strict=True):
+            row, score = by_id[f.row_id]
+            want, given = (contract.flatten(v).get(f.field) for v in (score.expected, score.parsed))
+            free = isinstance(want, str) and want.lower() in row.user.lower()  # copied: any value teaches it
+            taught.append(sum(r.meta.kind == f.kind and (v.get(f.field) == want or free and v.get(f.field) is not None)
+                              for r, v in zip(train, values, strict=True)))  # fmt: skip
+            for k in near.argsort(kind="stable")[::-1][:NEAREST].tolist():
+                other, cosine, same = train[k], round(float(near[k]), 2), values[k].get(f.field) == given != want
+                twins[other.id] = max(cosine, twins.get(other.id, 0.0))
+                if f.field and score.parsed and same and cosine >= ALIKE[bool(embedder)] and not _copied(given, other, row):
+                    against.append({"row": f.row_id, "train": other.id, "cosine": cosine, "field": f.field, "taught": str(given)})
+        blame, why, least = cluster.blame, cluster.root_cause, sorted(taught)[n // 2]
         if against:
-            cause, blame = f"{len(against)} training rows like these teach what the model said; settle them in 04 first", "data"
-        elif blame == "data" and any(f.field for f in cluster.findings):
-            few, least = sum(t < TAUGHT for t in taught), sorted(taught)[n // 2]
-            blame = "data" if few * 2 >= n else "model"
-            cause = f"in the median {least} training rows teach it" + (": too few" if blame == "data" else ", and it is not learnt")
-        cause = cause or CAUSES[cluster.cause][1]
-        told = tuple(f"{row_id} ({c})" for c, row_id in twins[:NEAREST])
-        result.append(replace(cluster, twins=told, contradictions=tuple(against), root_cause=cause, blame=blame))
+            blame, why = "data", f"training rows teach the opposite ({', '.join(a['train'] for a in against[:3])}); settle them first"
+        elif blame == "data" and cluster.findings[0].field:
+            few = least < TAUGHT
+            blame, why = "data" if few else "model", f"{least} training rows of that value and kind" + (", too few" if few else ", not learnt")
+        likest = sorted(twins, key=lambda i: -twins[i])[:NEAREST]
+        about = {"twins": [f"{i} ({twins[i]})" for i in likest], "contradictions": against, "blame": blame}
+        result.append(cluster.model_copy(update=about | {"root_cause": why or CAUSES[cluster.cause][1]}))
     return result
-
-
-def _against(contract, f: Finding, row: Row, cosine: float, given: dict, want: dict, embedded: bool) -> Contradiction | None:
-    """The training row as a contradiction of a failed one: alike, and with the wrong value in the field that failed. What
-    it copied from its own message contradicts nothing."""
-    taught, wrong = contract.flatten(contract.parse(row.answer).value).get(f.field), given.get(f.field)
-    copied = isinstance(taught, str) and _open(contract, f.field) and taught.lower() in row.user.lower()
-    if not f.field or cosine < ALIKE[embedded] or copied or not given or taught != wrong or taught == want.get(f.field):
-        return None
-    return Contradiction(row_id=f.row_id, train_id=row.id, cosine=round(cosine, 2), field=f.field, taught=str(taught))
-
-
-def _open(contract: Contract, field: str) -> bool:
-    """Whether a field takes any text or number, so that rows need not share its value."""
-    nodes = contract.nodes(contract.properties().get(field, {}))
-    return not any("enum" in n or "const" in n or n.get("type") == "boolean" for n in nodes) and field != contract.label_field

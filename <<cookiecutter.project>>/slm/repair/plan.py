@@ -13,7 +13,7 @@ from slm.errors import SlmError
 from slm.evaluate.scorers import Score
 from slm.generate.plan import Request, label_values
 from slm.repair.causes import diagnose
-from slm.repair.clusters import Cluster, Contradiction
+from slm.repair.clusters import Cluster
 from slm.report.tables import markdown
 from slm.rows import Difficulty, Kind, Row, explain, write_json, write_text
 
@@ -42,22 +42,10 @@ class Cell(BaseModel):
         return Request(self.category, self.kind, self.difficulty, self.rows, self.situation, cluster)
 
 
-class Item(BaseModel):
-    """One cluster of the plan: the ids of its failed rows, the likest training rows, those that contradict it, and the
-    cells to write; `check_first` names a serving fault, and then there are no cells."""
+class Item(Cluster):
+    """One cluster of the plan with the rows to write; a serving fault (`check_first`) gets none."""
 
-    model_config = ConfigDict(extra="forbid")
-    cluster: str
-    cause: str
-    label: str = ""
-    failed: list[str]
     rows: int
-    check_first: str = ""
-    blame: str = ""
-    root_cause: str = ""
-    by: str = "rules"
-    twins: list[str] = []
-    contradictions: list[Contradiction] = []
     cells: list[Cell] = []
 
 
@@ -75,7 +63,7 @@ class Plan(BaseModel):
     @property
     def requests(self) -> list[Request]:
         """What 03 asks the teacher for."""
-        return [cell.request(item.cluster) for item in self.items for cell in item.cells]
+        return [cell.request(item.name) for item in self.items for cell in item.cells]
 
 
 def make_plan(
@@ -97,9 +85,7 @@ def make_plan(
         for cell in cells if generation_prompt else ():
             shown = [r for r in seeds if r.meta.category == cell.category][:3] or list(seeds[:3])
             cell.prompt = generation_prompt(contract, cell.request(cluster.name), shown)
-        about = {n: getattr(cluster, n) for n in ("cause", "label", "check_first", "blame", "root_cause", "by", "twins", "contradictions")}
-        failed = [f.row_id for f in cluster.findings]
-        items.append(Item(**about, cluster=cluster.name, failed=failed, rows=rows, cells=cells))
+        items.append(Item(**cluster.model_dump(), rows=rows, cells=cells))
     later = [c.name for c in mendable[own.clusters_max :]]
     again = [c.name for c in found if c.name in tried]
     return Plan(run_id=settings.run_id, contract=contract.schema_hash, items=items, later=later, tried=again)
@@ -111,8 +97,8 @@ def plan_table(plan: Plan) -> list[dict]:
     for item in plan.items:
         if item.check_first:
             none = dict.fromkeys(("category", "kind", "difficulty"), "-")
-            lines.append({"cluster": item.cluster, **none, "rows": 0, "situation": f"check first: {item.check_first}"})
-        lines += [{"cluster": item.cluster, **c.model_dump(exclude={"prompt"})} for c in item.cells]
+            lines.append({"cluster": item.name, **none, "rows": 0, "situation": f"check first: {item.check_first}"})
+        lines += [{"cluster": item.name, **c.model_dump(exclude={"prompt"})} for c in item.cells]
     return lines
 
 
@@ -125,7 +111,7 @@ def save_plan(
     text = f"# Repair plan, run {plan.run_id}\n\n{total} targeted rows for {sum(bool(i.rows) for i in plan.items)} clusters of "
     text += "failures on dev. No random rows: each cell answers a cluster. No text of an evaluation row stands in a prompt.\n\n"
     text += "## Causes\n\n" + markdown(causes) + (f"\n![causes]({plot.relative_to(settings.run_dir).as_posix()})\n" if plot else "")
-    against = [{"cluster": i.cluster, **c.model_dump()} for i in plan.items for c in i.contradictions]
+    against = [{"cluster": i.name, **c} for i in plan.items for c in i.contradictions]
     tables = {"Clusters": found, "Rows behind them": rows, "Training rows that teach the opposite": against}
     text += "".join(f"\n## {title}\n\n{markdown(lines)}" for title, lines in tables.items())
     text += "\n## Rows to write\n\n" + markdown(plan_table(plan))
@@ -143,17 +129,17 @@ def from_repair(settings, contract: Contract | None = None) -> list[Request] | N
     does, or when the teacher is a recorded one."""
     if not settings.repair.plan:
         return None
-    plan = read_plan(settings, contract)
+    plan = read_plan(settings, settings.repair.plan, contract)
     if settings.generate.teacher == "recorded":
         raise SlmError(f"repair.plan: {NEEDS_TEACHER}.")
     return plan.requests
 
 
-def read_plan(settings, contract: Contract | None = None) -> Plan:
-    """The plan that `repair.plan` names. Raises SlmError when the file is missing, broken or of another contract."""
-    path = settings.path(settings.repair.plan)
+def read_plan(settings, file: str, contract: Contract | None = None) -> Plan:
+    """The plan in a file of the project. Raises SlmError when it is missing, broken or of another contract."""
+    path = settings.path(file)
     if not path.is_file():
-        raise SlmError(f"repair.plan {settings.repair.plan}: there is no such file; run 07_repair first.")
+        raise SlmError(f"repair.plan {file}: there is no such file; run 07_repair first.")
     try:
         plan = Plan.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:  # pydantic's errors are ValueErrors too
@@ -165,7 +151,7 @@ def read_plan(settings, contract: Contract | None = None) -> Plan:
 
 def same_failures(settings, contract: Contract, rows: Sequence[Row], scores: Sequence[Score]) -> list[Row]:
     """Of failed training rows those that fail as the clusters of `repair.plan` do; all of them when none does."""
-    wanted = [(item.cause, item.label) for item in read_plan(settings, contract).items]
+    wanted = [(item.cause, item.label) for item in read_plan(settings, settings.repair.plan, contract).items]
     alike = {f.row_id for f in diagnose(list(zip(rows, scores, strict=True)), contract)
              if any(f.cause == cause and label in ("", f.label) for cause, label in wanted)}  # fmt: skip
     print(f"{len(alike)} of {len(rows)} failures of training fail as the repair plan's clusters do" + (": all are taken" * (not alike)))
