@@ -30,7 +30,7 @@ class Situation(BaseModel):
     """What new rows must show; category, kind and difficulty are those of the failures where it does not say."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
-    situation: str = Field(min_length=10, max_length=400)
+    situation: str = Field(min_length=1, max_length=400)
     category: str = ""
     kind: Kind | None = None
     difficulty: Difficulty | None = None

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from slm.contract import Contract
-from slm.curate.duplicates import _copied
 from slm.curate.text import text_of
 from slm.repair.causes import CAUSES, Finding
 from slm.repair.clusters import Cluster, Pattern, clusters, vectors
@@ -30,7 +29,7 @@ def examine(
 
 def against_training(settings, contract: Contract, found: Sequence[Cluster], pairs: Sequence[tuple]) -> list[Cluster]:
     """The clusters with their likest training rows and their root cause: rows that teach otherwise (alike, with the
-    model's wrong value where it was not copied from the message); else too few rows of the same value and kind; else
+    model's wrong value, which it did not copy from the message); else too few rows of the same value and kind; else
     enough of them, and the model has not learnt it."""
     path, embedder = settings.path("data/accepted/train.jsonl"), settings.curate.embedder
     train = list(islice(iter_rows(path), MOST)) if path.is_file() else []
@@ -51,7 +50,8 @@ def against_training(settings, contract: Contract, found: Sequence[Cluster], pai
             for k in near.argsort(kind="stable")[::-1][:NEAREST].tolist():
                 other, cosine, same = train[k], round(float(near[k]), 2), values[k].get(f.field) == given != want
                 twins[other.id] = max(cosine, twins.get(other.id, 0.0))
-                if f.field and score.parsed and same and cosine >= ALIKE[bool(embedder)] and not _copied(given, other, row):
+                said = str(given).lower() in row.user.lower()
+                if f.field and score.parsed and same and cosine >= ALIKE[bool(embedder)] and not said:
                     against.append({"row": f.row_id, "train": other.id, "cosine": cosine, "field": f.field, "taught": str(given)})
         blame, why, least = cluster.blame, cluster.root_cause, sorted(taught)[n // 2]
         if against:
