@@ -442,7 +442,7 @@ def test_a_round_that_helps_is_kept_and_the_next_begins_from_it(project):
     assert settings["profile"] == "smoke" and settings["train"]["lora_rank"] == 4
     assert settings["repair"]["plan"] == "outputs/runs/r1-repair-2/applied_plan.json"
     text = (project.root / "outputs/eval_reports/r1-repair-1/repair.md").read_text()
-    assert "kept" in text and "McNemar" in text and "r1-repair-1 against r1" in text
+    assert "kept" in text and "14 fixed, 0 broken, 26 unchanged" in text and "r1-repair-1 against r1" in text
     assert [r["status"] for r in registry.read(load_settings(), "runs") if r["stage"] == "repair"] == ["kept", "kept"]
 
 

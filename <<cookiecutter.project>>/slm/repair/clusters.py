@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from slm.curate.engine import embed
 from slm.curate.text import text_of, tfidf, words
-from slm.repair.causes import Finding
+from slm.repair.causes import CAUSES, Finding
 from slm.rows import Difficulty, Kind, Row
 
 SPLIT = 10  # failures from which on a group is searched for topics
@@ -26,14 +26,15 @@ class Pattern:
     situation: str
 
 
-class Situation(BaseModel):
-    """What new rows must show; category, kind and difficulty are those of the failures where it does not say."""
+class Cell(BaseModel):
+    """Rows that show one situation; category, kind and difficulty are those of the failures where it does not say."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
     situation: str = Field(min_length=1, max_length=400)
     category: str = ""
     kind: Kind | None = None
     difficulty: Difficulty | None = None
+    rows: int = 0
+    prompt: str = ""
 
 
 class Cluster(BaseModel):
@@ -49,7 +50,7 @@ class Cluster(BaseModel):
     about: str = ""
     blame: str = "data"
     root_cause: str = ""
-    situations: list[Situation] = []
+    situations: list[Cell] = []
     findings: list[Finding]
     twins: list[str] = []
     contradictions: list[dict] = []
@@ -59,32 +60,6 @@ class Cluster(BaseModel):
     def check_first(self) -> str:
         """The evidence of a systematic serving fault, which no row can mend; "" otherwise."""
         return self.root_cause if self.blame == "deployment" else ""
-
-
-# What the teacher is asked to show. No text of an evaluation row ever stands here: that would leak it into training.
-SITUATIONS = {
-    "missing category": ("the everyday case of {label}, each with its own detail", "a rare but clear case of {label}",
-                         "{label} next to a detail that belongs to another category"),
-    "wrong schema": ("input that tempts one into invalid output for {label}: braces, quotes, lists",
-                     "unusual words for {label} that are no value of the contract", "a pasted form, log or JSON around {label}"),
-    "wrong label": ("{field} hangs on one detail of the text and is easily got wrong{got}",
-                    "the detail that decides {field} stands in the last words", "two facts pull {field} apart; the text says which counts"),
-    "too verbose": ("input that invites an explanation, while the answer is the bare object for {label}",
-                    "a question about the answer itself, around a case of {label}"),
-    "refusal when it should answer": ("a real request of {label} in an odd guise: vague, rude or off-topic at first",
-                                      "a real request of {label} in a handful of words"),
-    "answer when it should refuse": ("nothing to act on, though words of{got} occur: no request, missing facts, spam",
-                                     "thanks, chatter or a message for somebody else that names{got}"),
-    "tool name wrong": ("a request for {label} in words that also fit another tool{got}", "{label} asked for without its usual verb"),
-    "tool argument wrong": ("{field} is said in an unusual place, order or format, and must be copied right",
-                            "{field} is corrected later in the same message", "{field} stands beside a look-alike"),
-    "hallucinated field": ("{field} is not in the text", "a look-alike stands in the place of {field}",
-                           "{field} is asked about or denied, and no value is given"),
-    "fails long input": ("60 to 110 words for {label}; the deciding fact stands late, between side matters",
-                         "a forwarded thread on {label}; only the newest message counts"),
-    "fails adversarial input": ("orders to the model around a real case of {label}", "false labels and pasted answers around {label}",
-                                "misleading words of other categories around {label}"),
-}  # fmt: skip
 
 
 def clusters(
@@ -102,7 +77,7 @@ def clusters(
     said = {row.id: set(words(text_of(row))) for row, _ in pairs}
     for key, group in groups.items():
         parts = _topics(group, [text_of(by_id[f.row_id][0]) for f in group], embedder)
-        found += [_cluster(key, part, said, f" ({n})" if len(parts) > 1 else "") for n, part in enumerate(parts, 1)]
+        found += [_cluster(key, part, said, f" ({n})" * (len(parts) > 1)) for n, part in enumerate(parts, 1)]
     return sorted(found, key=lambda c: (-len(c.findings), c.name))
 
 
@@ -116,12 +91,9 @@ def cluster_table(found: Sequence[Cluster]) -> list[dict]:
 
 def rows_table(found: Sequence[Cluster], pairs: Sequence[tuple], most: int = 5) -> list[dict]:
     """The failed rows behind each cluster, `most` of each: what was asked, expected and answered."""
-    by_id = {row.id: (row, score) for row, score in pairs}
-    shown = [(c.name, *by_id[f.row_id], f) for c in found for f in c.findings[:most]]
-    return [
-        {"cluster": name, "row": row.id, "input": row.user[:160], "answer": score.text[:120], "evidence": f.evidence}
-        for name, row, score, f in shown
-    ]  # fmt: skip
+    said = {row.id: {"input": row.user[:160], "answer": score.text[:120]} for row, score in pairs}
+    shown = [(c.name, f) for c in found for f in c.findings[:most]]
+    return [{"cluster": name, "row": f.row_id, **said[f.row_id], "evidence": f.evidence} for name, f in shown]
 
 
 def vectors(texts: Sequence[str], embedder: str):
@@ -154,13 +126,13 @@ def _cluster(key: tuple, group: list[Finding], said: dict[str, set], part: str) 
     got = got if 3 * sum(f.got == got for f in group) >= len(group) else ""
     taken = f" {got or 'other labels'}" if cause == "answer when it should refuse" else f", taken for {got}" if got else ""
     how = {"label": label or "any label", "field": key[2] or "the label", "got": taken}
-    texts = [key[2].situation] if own else [text.format(**how) for text in SITUATIONS[cause]]
+    texts = [key[2].situation] if own else [text.format(**how) for text in CAUSES[cause]["situations"]]
     ids = {f.row_id for f in group}
     here, all_rows = (Counter(w for i in which for w in said[i] if len(w) > 3) for which in (ids, said))
     about = sorted((w for w, n in here.items() if n > 1), key=lambda w: (-here[w] / all_rows[w], -here[w], w))[:3]
     return Cluster(
         name=(key[0] if own else " / ".join(filter(None, key))) + part, cause=cause, label=label, got=got, blame=blame,
-        about=", ".join(about), situations=[Situation(situation=text) for text in texts], findings=group,
+        about=", ".join(about), situations=[Cell(situation=text) for text in texts], findings=group,
         root_cause=next(f.evidence for f in group if f.blame == blame) if blame not in ("data", "model") else "",
     )  # fmt: skip
 

@@ -61,5 +61,5 @@ def against_training(settings, contract: Contract, found: Sequence[Cluster], pai
             blame, why = "data" if few else "model", f"{least} training rows of that value and kind" + (", too few" if few else ", not learnt")
         likest = sorted(twins, key=lambda i: -twins[i])[:NEAREST]
         about = {"twins": [f"{i} ({twins[i]})" for i in likest], "contradictions": against, "blame": blame}
-        result.append(cluster.model_copy(update=about | {"root_cause": why or CAUSES[cluster.cause][1]}))
+        result.append(cluster.model_copy(update=about | {"root_cause": why or CAUSES[cluster.cause]["mend"]}))
     return result

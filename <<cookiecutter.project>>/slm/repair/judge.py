@@ -13,7 +13,7 @@ from slm.errors import SlmError
 from slm.generate.salvage import objects
 from slm.models import Prompt, cached
 from slm.repair.causes import Finding
-from slm.repair.clusters import Cluster, Situation
+from slm.repair.clusters import Cell, Cluster
 from slm.rows import explain
 
 SHOWN = 30  # failures of one cause per call
@@ -27,7 +27,7 @@ class Opinion(BaseModel):
     likely_root_cause: str = Field(max_length=400)
     examples: list[str]
     layer: Literal["data", "model", "prompt", "schema", "deployment"]
-    new_data: list[Situation] = []
+    new_data: list[Cell] = []
 
 
 def judged(settings, contract: Contract, found: list[Cluster], pairs: Sequence[tuple], prompt: Callable) -> list[Cluster]:

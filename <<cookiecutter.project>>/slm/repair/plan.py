@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from slm import registry
 from slm.contract import Contract
@@ -13,9 +13,9 @@ from slm.errors import SlmError
 from slm.evaluate.scorers import Score
 from slm.generate.plan import Request, label_values
 from slm.repair.causes import diagnose
-from slm.repair.clusters import Cluster
+from slm.repair.clusters import Cell, Cluster
 from slm.report.tables import markdown
-from slm.rows import Difficulty, Kind, Row, explain, write_json, write_text
+from slm.rows import Row, explain, write_json, write_text
 
 PER_FAILURE = 10  # rows asked for per failure, between the settings' least and most
 CELLS = 4  # cells of the failures that a cluster's rows are spread over
@@ -24,22 +24,6 @@ NEEDS_TEACHER = (
     "endpoint, or to gguf with a file, or write the plan's rows by hand into data/generated/"
 )
 CONTRAST = 0.25  # of a cluster's rows show the label it was mistaken for, so that the error does not just turn round
-
-
-class Cell(BaseModel):
-    """Rows of one category, kind and difficulty, with the situation that they must show and the teacher's prompt."""
-
-    model_config = ConfigDict(extra="forbid")
-    category: str
-    kind: Kind
-    difficulty: Difficulty
-    rows: int = Field(ge=1)
-    situation: str
-    prompt: str = ""
-
-    def request(self, cluster: str) -> Request:
-        """What is asked of the teacher."""
-        return Request(self.category, self.kind, self.difficulty, self.rows, self.situation, cluster)
 
 
 class Item(Cluster):
@@ -63,7 +47,12 @@ class Plan(BaseModel):
     @property
     def requests(self) -> list[Request]:
         """What 03 asks the teacher for."""
-        return [cell.request(item.name) for item in self.items for cell in item.cells]
+        return [request(item, cell) for item in self.items for cell in item.cells]
+
+
+def request(cluster: Cluster, cell: Cell) -> Request:
+    """What is asked of the teacher for a cell."""
+    return Request(cell.category, cell.kind, cell.difficulty, cell.rows, cell.situation, cluster.name)
 
 
 def make_plan(
@@ -84,7 +73,7 @@ def make_plan(
         cells = _cells(contract, cluster, rows) if rows else []
         for cell in cells if generation_prompt else ():
             shown = [r for r in seeds if r.meta.category == cell.category][:3] or list(seeds[:3])
-            cell.prompt = generation_prompt(contract, cell.request(cluster.name), shown)
+            cell.prompt = generation_prompt(contract, request(cluster, cell), shown)
         items.append(Item(**cluster.model_dump(), rows=rows, cells=cells))
     later = [c.name for c in mendable[own.clusters_max :]]
     again = [c.name for c in found if c.name in tried]
@@ -98,7 +87,8 @@ def plan_table(plan: Plan) -> list[dict]:
         if item.check_first:
             none = dict.fromkeys(("category", "kind", "difficulty"), "-")
             lines.append({"cluster": item.name, **none, "rows": 0, "situation": f"check first: {item.check_first}"})
-        lines += [{"cluster": item.name, **c.model_dump(exclude={"prompt"})} for c in item.cells]
+        names = ("category", "kind", "difficulty", "rows", "situation")
+        lines += [{"cluster": item.name, **{name: getattr(c, name) for name in names}} for c in item.cells]
     return lines
 
 
@@ -184,11 +174,11 @@ def _cells(contract: Contract, cluster: Cluster, rows: int) -> list[Cell]:
     whole = sum(weight for _, weight, _ in slots)
     shares = [max(1, left * weight // whole) for _, weight, _ in slots]
     shares[0] += left - sum(shares)
-    parts = [
-        (s.category if s.category in labels else cell[0], s.kind or cell[1], s.difficulty or cell[2], n, s.situation)
-        for (cell, _, s), n in zip(slots, shares, strict=True)
-    ]
+    cells = [
+        Cell(situation=s.situation, category=s.category if s.category in labels else cell[0], kind=s.kind or cell[1],
+             difficulty=s.difficulty or cell[2], rows=n) for (cell, _, s), n in zip(slots, shares, strict=True)
+    ]  # fmt: skip
     if contrast:
         text = f"looks like {cluster.label} at first sight and is {cluster.got}; the deciding detail is in the text"
-        parts.append((cluster.got, "near_miss", "medium", contrast, text))
-    return [Cell(category=c, kind=k, difficulty=d, rows=n, situation=text) for c, k, d, n, text in parts]
+        cells.append(Cell(situation=text, category=cluster.got, kind="near_miss", difficulty="medium", rows=contrast))
+    return cells

@@ -94,15 +94,12 @@ def _outcome(settings, contract: Contract, base, plan: Plan) -> tuple[dict, str]
         {"cluster": i.name, "failures": len(i.findings), "fixed": len({f.row_id for f in i.findings} & {*dev.fixed}),
          "rows asked": i.rows, "accepted": rows[i.name, True], "rejected": rows[i.name, False]} for i in plan.items if i.rows
     ]  # fmt: skip
-    lines = [
-        {"set": name, "difference": tables.metric(c.difference), "McNemar p": f"{c.mcnemar_p:.3f}", "fixed": len(c.fixed),
-         "broken": len(c.broken), "unchanged": c.difference.n - len(c.fixed) - len(c.broken), "outcome": c.outcome}
-        for name, c in (("dev", dev), ("golden", golden))
-    ]  # fmt: skip
-    verdict = f"Run {settings.run_id} is {'kept' if kept else 'discarded'}: dev {dev.outcome}, golden {golden.outcome}, with "
-    verdict += f"{now} critical failures there instead of {was}."
-    parts = (tables.markdown(lines), tables.markdown(clusters), compare.render(settings, base.run_id, settings.run_id))
-    text = f"# Repair of {base.run_id}\n\n{verdict} Rounds are chosen on dev: what they are worth, only test says.\n\n" + "\n".join(parts)
+    same = {name: c.difference.n - len(c.fixed) - len(c.broken) for name, c in (("dev", dev), ("golden", golden))}
+    verdict = f"Run {settings.run_id} is {'kept' if kept else 'discarded'}: dev {dev.outcome} ({len(dev.fixed)} fixed, "
+    verdict += f"{len(dev.broken)} broken, {same['dev']} unchanged), golden {golden.outcome} ({len(golden.fixed)} fixed, "
+    verdict += f"{len(golden.broken)} broken, {same['golden']} unchanged; {now} critical failures, before {was})."
+    parts = (verdict, "Rounds are chosen on dev: what they are worth, only test says.", tables.markdown(clusters))
+    text = f"# Repair of {base.run_id}\n\n" + "\n\n".join((*parts, compare.render(settings, base.run_id, settings.run_id)))
     facts = {"stage": "repair", "status": "kept" if kept else "discarded", "run_id": settings.run_id, "verdict": verdict}
     facts |= {"parents": {"run": base.run_id}, "clusters": [c["cluster"] for c in clusters], "rows": clusters}
     return facts | {"dev": dev.model_dump(mode="json"), "golden": golden.model_dump(mode="json"), "settings": settings.hash}, text
