@@ -59,7 +59,7 @@ class Cluster(BaseModel):
     @property
     def check_first(self) -> str:
         """The evidence of a systematic serving fault, which no row can mend; "" otherwise."""
-        return self.root_cause if self.blame == "deployment" else ""
+        return next((f.evidence for f in self.findings if f.blame == "deployment"), "")
 
 
 def clusters(
@@ -72,12 +72,12 @@ def clusters(
     for f in findings:
         own = next((p for p in patterns if f.blame != "deployment" and p.match(*by_id[f.row_id])), None)
         field = f.field if f.cause in ("wrong label", "tool argument wrong", "hallucinated field") else ""
-        label = f.label if f.cause in BY_LABEL and f.got != f.label and f.blame != "deployment" else ""
-        groups.setdefault((own.name, "", own) if own else (f.cause, label, field), []).append(f)
-    said = {row.id: set(words(text_of(row))) for row, _ in pairs}
+        label = f.label if f.cause in BY_LABEL and f.got != f.label else ""
+        key = (f.cause, "", f.fault) if f.blame == "deployment" else (f.cause, label, field)
+        groups.setdefault((own.name, "", own) if own else key, []).append(f)
     for key, group in groups.items():
         parts = _topics(group, [text_of(by_id[f.row_id][0]) for f in group], embedder)
-        found += [_cluster(key, part, said, f" ({n})" * (len(parts) > 1)) for n, part in enumerate(parts, 1)]
+        found += [_cluster(key, part, f" ({n})" * (len(parts) > 1), by_id) for n, part in enumerate(parts, 1)]
     return sorted(found, key=lambda c: (-len(c.findings), c.name))
 
 
@@ -119,7 +119,7 @@ def _topics(group: list[Finding], texts: list[str], embedder: str) -> list[list[
     return [[f for f, own in zip(group, kept, strict=True) if own == part] for part in dict.fromkeys(kept.tolist())]
 
 
-def _cluster(key: tuple, group: list[Finding], said: dict[str, set], part: str) -> Cluster:
+def _cluster(key: tuple, group: list[Finding], part: str, by_id: dict[str, tuple]) -> Cluster:
     own, labels = isinstance(key[2], Pattern), {f.label for f in group}
     cause, blame = (_commonest([getattr(f, name) for f in group]) for name in ("cause", "blame"))
     got, label = _commonest([f.got for f in group if f.got != f.label]), labels.pop() if len(labels) == 1 else ""
@@ -127,13 +127,11 @@ def _cluster(key: tuple, group: list[Finding], said: dict[str, set], part: str) 
     taken = f" {got or 'other labels'}" if cause == "answer when it should refuse" else f", taken for {got}" if got else ""
     how = {"label": label or "any label", "field": key[2] or "the label", "got": taken}
     texts = [key[2].situation] if own else [text.format(**how) for text in CAUSES[cause]["situations"]]
-    ids = {f.row_id for f in group}
-    here, all_rows = (Counter(w for i in which for w in said[i] if len(w) > 3) for which in (ids, said))
-    about = sorted((w for w, n in here.items() if n > 1), key=lambda w: (-here[w] / all_rows[w], -here[w], w))[:3]
+    here = Counter(w for f in group for w in set(words(text_of(by_id[f.row_id][0]))) if len(w) > 4)
     return Cluster(
         name=(key[0] if own else " / ".join(filter(None, key))) + part, cause=cause, label=label, got=got, blame=blame,
-        about=", ".join(about), situations=[Cell(situation=text) for text in texts], findings=group,
-        root_cause=next(f.evidence for f in group if f.blame == blame) if blame not in ("data", "model") else "",
+        about=", ".join(w for w, n in here.most_common(3) if n > 1), situations=[Cell(situation=text) for text in texts],
+        root_cause=next(f.evidence for f in group if f.blame == blame) if blame not in ("data", "model") else "", findings=group,
     )  # fmt: skip
 
 

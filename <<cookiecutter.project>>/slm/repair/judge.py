@@ -36,15 +36,12 @@ def judged(settings, contract: Contract, found: list[Cluster], pairs: Sequence[t
     from slm.models.openai_api import OpenAIModel
 
     judge, by_id, result = OpenAIModel(settings.repair.judge), {row.id: (row, s) for row, s in pairs}, []
-    causes = {c.cause: [f for o in found if o.cause == c.cause for f in o.findings][:SHOWN] for c in found if not c.check_first}
-    asked = []
-    for shown in causes.values():
-        rows = [(f, *by_id[f.row_id]) for f in shown]
-        failures = [{"id": row.id, "input": row.user, "expected": s.expected, "answer": s.text, "causes": [f.cause, *f.others]}
-                    for f, row, s in rows]  # fmt: skip
-        asked.append(Prompt([{"role": "user", "content": prompt(contract, failures)}], TOKENS))
+    fit = [c for c in found if not c.check_first]
+    causes = {c.cause: [f for o in fit if o.cause == c.cause for f in o.findings][:SHOWN] for c in fit}
+    asked = [[{"id": f.row_id, "input": row.user, "expected": s.expected, "answer": s.text, "causes": [f.cause, *f.others]}
+              for f in shown for row, s in [by_id[f.row_id]]] for shown in causes.values()]  # fmt: skip
     try:
-        answers = cached(judge, settings).answer(asked)
+        answers = cached(judge, settings).answer([Prompt([{"role": "user", "content": prompt(contract, a)}], TOKENS) for a in asked])
     except SlmError as error:
         print(f"repair.judge: {error} The clusters by rule stand.")
         return found
@@ -52,15 +49,14 @@ def judged(settings, contract: Contract, found: list[Cluster], pairs: Sequence[t
         used = (sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers))
         cost.add(settings, "eval_inference_cost", cost.token_money(settings.repair.judge, *used), judge=judge.name)
     for (cause, shown), answer in zip(causes.items(), answers, strict=True):
-        own = [c for c in found if c.cause == cause]
+        own = [c for c in fit if c.cause == cause]
         made, problem = _read(answer.text, own, shown, [by_id[f.row_id][0].user for f in shown])
         if problem:
             print(f"repair.judge on {cause!r}: {problem}; its rows stay in the clusters by rule.")
         taken = {f.row_id for c in made for f in c.findings}
         left = [c.model_copy(update={"findings": [f for f in c.findings if f.row_id not in taken]}) for c in own]
         result += [c.model_copy(update={"by": judge.name}) for c in made] + [c for c in left if c.findings]
-    result += [c for c in found if c.cause not in causes]
-    return sorted(result, key=lambda c: (-len(c.findings), c.name))
+    return sorted(result + [c for c in found if c.check_first], key=lambda c: (-len(c.findings), c.name))
 
 
 def _read(reply: str, own: list[Cluster], shown: list[Finding], said: list[str]) -> tuple[list[Cluster], str]:

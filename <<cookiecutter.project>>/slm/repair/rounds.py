@@ -34,7 +34,7 @@ def rounds(run_id: str, contract: Contract, config: str, given: dict, most: int)
         if not (more and base.path(file).is_file()):
             runner.run(base, ["07"], config, own)
             plan = read_plan(base, f"outputs/runs/{best}/repair_plan.json", contract)
-            if not more or not plan.requests:
+            if not more or not plan.requests or any(item.check_first for item in plan.items):
                 print(next_step(base, plan))
                 return done
             write_text(base.path(file), plan.model_dump_json(indent=1))
@@ -59,7 +59,7 @@ def _round(settings, contract: Contract, base, config: str, overrides: dict, own
     """03 to 06 under the run id of `settings`, the comparison with run `base`, and its record. Of a round that is
     discarded the new files of data/generated are put into its run's folder, and 04 restores the accepted rows."""
     trained = registry.latest(base, "runs", stage="train", status="completed", run_id=base.run_id)
-    held = find(base, trained["parents"]["dataset"])["parents"]
+    held = find(base, trained["parents"]["dataset"] or "")["parents"]
     locked, plan = registry.check_locked(base), read_plan(base, settings.repair.plan, contract)
     if odd := [r.set for r in load_candidate(base, base.run_id) if r.set_hash not in ("", locked[r.set])]:
         raise SlmError(f"run {base.run_id} was evaluated on another data/eval/{odd[0]}.jsonl; run 06_evaluate for it again.")
