@@ -91,8 +91,8 @@ def sweep(
 @app.command()
 def repair(
     run_id: str,
-    apply: Annotated[bool, typer.Option("--apply", help="Write the rows, curate, train and evaluate as <run>-repair-N.")] = False,
-    rounds: Annotated[int, typer.Option(help="With --apply: rounds at most, each from the best run so far.", min=1)] = 1,
+    apply: Annotated[bool, typer.Option("--apply", help="Carry it out, 03 to 06, as <run>-repair-N.")] = False,
+    rounds: Annotated[int, typer.Option(help="With --apply: so many, each from the best run so far.", min=1)] = 1,
     s: Annotated[list[str] | None, typer.Option("-s", help="A setting for this run, key=value; repeatable.")] = None,
     config: Config = "project.yaml",
 ) -> None:

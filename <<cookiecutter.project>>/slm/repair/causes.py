@@ -24,8 +24,9 @@ CAUSES: dict[str, dict] = yaml.safe_load(Path(__file__).with_suffix(".yaml").rea
 
 class Finding(BaseModel):
     """One failed row: its primary cause, the other causes that also match, and the evidence in words. `fault` names a
-    serving fault ("error", "echo", "empty", "template", "stop", "length", "parser") or is empty; `blame` is data, model,
-    prompt, schema or deployment. `label` is the expected category, `got` the given one, `field` the first wrong field."""
+    serving fault ("error", "echo", "empty", "template", "stop", "length", "parser") or is empty; `blame` is data,
+    model, prompt, schema or deployment. `label` is the expected category, `got` the given one, `field` the first
+    wrong field."""
 
     model_config = ConfigDict(extra="forbid")
     row_id: str
@@ -153,7 +154,8 @@ def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: di
     long_words = max(60, 2 * lengths[len(lengths) // 2])
     shares = Counter(serving_fault(score)[0] for _, score in pairs)
     listed = json.dumps([contract.schema, None, "None"], ensure_ascii=False)
-    odd = {s.row_id: str(contract.label(contract.parse(s.text, lenient=True).value)) for _, s in pairs if s.stage == "schema"}
+    broken = [s for _, s in pairs if s.stage == "schema"]
+    odd = {s.row_id: str(contract.label(contract.parse(s.text, lenient=True).value)) for s in broken}
     often = {name for name, n in Counter(odd.values()).items() if n >= TRAINED and f'"{name}"' not in listed}
     found = []
     for row, score in pairs:
@@ -164,7 +166,7 @@ def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: di
         cause, evidence = matches[0] if matches else ("wrong label", score.explanation)
         blame = "prompt" if case.fault == "echo" else CAUSES[cause]["blame"]
         if odd.get(row.id) in often and not case.fault:
-            blame, evidence = "schema", f"{contract.label_field} {odd[row.id]!r} in many answers: does the contract lack a value?"
+            blame, evidence = "schema", f"{contract.label_field} {odd[row.id]!r} in many answers: does the contract lack it?"
         if case.fault == "error" or case.fault and shares[case.fault] >= SYSTEMATIC * len(pairs):
             blame = "deployment"
         found.append(Finding(
@@ -182,7 +184,7 @@ def table(findings: Sequence[Finding]) -> list[dict]:
     for cause, count in Counter(f.cause for f in findings).most_common():
         own = [f for f in findings if f.cause == cause]
         blame = Counter(f.blame for f in own).most_common(1)[0][0]
-        mend = CAUSES[cause]["mend"] if blame != "deployment" else "mend the serving before any data: " + own[0].evidence
+        mend = f"mend the serving first: {own[0].evidence}" if blame == "deployment" else CAUSES[cause]["mend"]
         lines.append({"cause": cause, "rows": count, "fault of": blame, "example": f"{own[0].row_id}: {own[0].evidence}", "mends it": mend})
     return lines
 

@@ -1,4 +1,4 @@
-"""Failures that would be mended by the same rows: the user's own patterns first, then cause, label or field, and topic."""
+"""Failures that the same rows would mend: the user's own patterns first, then cause, label or field, and topic."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -65,9 +65,9 @@ class Cluster(BaseModel):
 def clusters(
     findings: Sequence[Finding], pairs: Sequence[tuple], patterns: Sequence[Pattern] = (), embedder: str = ""
 ) -> list[Cluster]:  # fmt: skip
-    """The failures grouped, the largest group first. `pairs` are the (row, score) of the run. A failure goes to the first
-    pattern that matches it; the others are grouped by cause and by what is wrong: the label, or one field under any
-    label. A large group is split by what its messages are about, over TF-IDF or the vectors of `embedder`."""
+    """The failures grouped, the largest group first. `pairs` are the (row, score) of the run. A failure goes to the
+    first pattern that matches it; the others are grouped by cause and by what is wrong: the label, or one field
+    under any label. A large group is split by what its messages are about, over TF-IDF or the vectors of `embedder`."""
     by_id, groups, found = {row.id: (row, score) for row, score in pairs}, {}, []
     for f in findings:
         own = next((p for p in patterns if f.blame != "deployment" and p.match(*by_id[f.row_id])), None)
@@ -84,8 +84,8 @@ def clusters(
 def cluster_table(found: Sequence[Cluster]) -> list[dict]:
     """One line per cluster."""
     return [
-        {"cluster": c.name, "rows": len(c.findings), "cause": c.cause, "taken for": c.got, "about": c.about, "fault of": c.blame,
-         "root cause": c.root_cause, "contradictions": len(c.contradictions), "by": c.by} for c in found
+        {"cluster": c.name, "rows": len(c.findings), "taken for": c.got, "about": c.about, "fault of": c.blame,
+         "root cause": c.root_cause, "likest in training": ", ".join(c.twins), "by": c.by} for c in found
     ]  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def vectors(texts: Sequence[str], embedder: str):
 
 
 def _topics(group: list[Finding], texts: list[str], embedder: str) -> list[list[Finding]]:
-    """The group in parts of three failures or more, by k-means with the best silhouette (Rousseeuw 1987); whole where no
-    split stands out."""
+    """The group in parts of three failures or more, by k-means with the best silhouette (Rousseeuw 1987); whole where
+    no split stands out."""
     import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
@@ -124,14 +124,16 @@ def _cluster(key: tuple, group: list[Finding], part: str, by_id: dict[str, tuple
     cause, blame = (_commonest([getattr(f, name) for f in group]) for name in ("cause", "blame"))
     got, label = _commonest([f.got for f in group if f.got != f.label]), labels.pop() if len(labels) == 1 else ""
     got = got if 3 * sum(f.got == got for f in group) >= len(group) else ""
-    taken = f" {got or 'other labels'}" if cause == "answer when it should refuse" else f", taken for {got}" if got else ""
+    taken = f", taken for {got}" if got else ""
+    taken = f" {got or 'other labels'}" if cause == "answer when it should refuse" else taken
     how = {"label": label or "any label", "field": key[2] or "the label", "got": taken}
     texts = [key[2].situation] if own else [text.format(**how) for text in CAUSES[cause]["situations"]]
     here = Counter(w for f in group for w in set(words(text_of(by_id[f.row_id][0]))) if len(w) > 4)
     return Cluster(
         name=(key[0] if own else " / ".join(filter(None, key))) + part, cause=cause, label=label, got=got, blame=blame,
-        about=", ".join(w for w, n in here.most_common(3) if n > 1), situations=[Cell(situation=text) for text in texts],
-        root_cause=next(f.evidence for f in group if f.blame == blame) if blame not in ("data", "model") else "", findings=group,
+        about=", ".join(w for w, n in here.most_common(3) if n > 1), situations=[Cell(situation=t) for t in texts],
+        root_cause="" if blame in ("data", "model") else next(f.evidence for f in group if f.blame == blame),
+        findings=group,
     )  # fmt: skip
 
 

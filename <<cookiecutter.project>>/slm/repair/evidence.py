@@ -1,4 +1,4 @@
-"""What training already holds of a failure: the rows like it, rows that teach the opposite, and the root cause that follows."""
+"""What training already holds of a failure: rows like it, rows that teach the opposite, and so the root cause."""
 
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -50,15 +50,17 @@ def against_training(settings, contract: Contract, found: Sequence[Cluster], pai
             for k in near.argsort(kind="stable")[::-1][:NEAREST].tolist():
                 other, cosine, same = train[k], round(float(near[k]), 2), values[k].get(f.field) == given != want
                 twins[other.id] = max(cosine, twins.get(other.id, 0.0))
-                said = str(given).lower() in row.user.lower()
-                if f.field and score.parsed and same and cosine >= ALIKE[bool(embedder)] and not said:
-                    against.append({"row": f.row_id, "train": other.id, "cosine": cosine, "field": f.field, "taught": str(given)})
+                same &= bool(f.field and score.parsed) and str(given).lower() not in row.user.lower()
+                if same and cosine >= ALIKE[bool(embedder)]:
+                    about = {"row": f.row_id, "train": other.id, "cosine": cosine}
+                    against.append(about | {"field": f.field, "taught": str(given)})
         blame, why, least = cluster.blame, cluster.root_cause, sorted(taught)[n // 2]
         if against:
-            blame, why = "data", f"training rows teach the opposite ({', '.join(a['train'] for a in against[:3])}); settle them first"
+            named = ", ".join(sorted({a["train"] for a in against})[:3])
+            blame, why = "data", f"like rows of training teach the opposite ({named}); look at them first"
         elif blame == "data" and cluster.findings[0].field:
-            few = least < TAUGHT
-            blame, why = "data" if few else "model", f"{least} training rows of that value and kind" + (", too few" if few else ", not learnt")
+            blame, told = ("data", "too few") if least < TAUGHT else ("model", "not learnt")
+            why = f"{least} training rows of that value and kind, {told}"
         likest = sorted(twins, key=lambda i: -twins[i])[:NEAREST]
         about = {"twins": [f"{i} ({twins[i]})" for i in likest], "contradictions": against, "blame": blame}
         result.append(cluster.model_copy(update=about | {"root_cause": why or CAUSES[cluster.cause]["mend"]}))

@@ -1,4 +1,4 @@
-"""A model's view of the failures (`repair.judge`): clusters with a root cause and new situations, over the rules' own."""
+"""A model's view of the failures (`repair.judge`): clusters with a root cause and situations, over the rules' own."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -6,7 +6,6 @@ from typing import Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from slm import cost
-from slm.contract import Contract
 from slm.curate.gates import runs
 from slm.curate.text import words
 from slm.errors import SlmError
@@ -30,18 +29,23 @@ class Opinion(BaseModel):
     new_data: list[Cell] = []
 
 
-def judged(settings, contract: Contract, found: list[Cluster], pairs: Sequence[tuple], prompt: Callable) -> list[Cluster]:
-    """The clusters as the judge sees them, one call per cause. Rows that it does not name stay where the rules put them,
-    and so do all when it times out or answers nonsense: a line says so. Serving faults are not put to it."""
+def judged(settings, contract, found: list[Cluster], pairs: Sequence[tuple], prompt: Callable) -> list[Cluster]:
+    """The clusters as the judge sees them, one call per cause. Rows that it does not name stay where the rules put
+    them, and so do all when it times out or answers nonsense: a line says so. Serving faults are not put to it."""
     from slm.models.openai_api import OpenAIModel
 
     judge, by_id, result = OpenAIModel(settings.repair.judge), {row.id: (row, s) for row, s in pairs}, []
     fit = [c for c in found if not c.check_first]
     causes = {c.cause: [f for o in fit if o.cause == c.cause for f in o.findings][:SHOWN] for c in fit}
-    asked = [[{"id": f.row_id, "input": row.user, "expected": s.expected, "answer": s.text, "causes": [f.cause, *f.others]}
-              for f in shown for row, s in [by_id[f.row_id]]] for shown in causes.values()]  # fmt: skip
+    asked = []
+    for shown in causes.values():
+        rows = [
+            {"id": row.id, "input": row.user, "expected": s.expected, "answer": s.text, "causes": [f.cause, *f.others]}
+            for f in shown for row, s in [by_id[f.row_id]]
+        ]  # fmt: skip
+        asked.append(Prompt([{"role": "user", "content": prompt(contract, rows)}], TOKENS))
     try:
-        answers = cached(judge, settings).answer([Prompt([{"role": "user", "content": prompt(contract, a)}], TOKENS) for a in asked])
+        answers = cached(judge, settings).answer(asked)
     except SlmError as error:
         print(f"repair.judge: {error} The clusters by rule stand.")
         return found
@@ -74,8 +78,8 @@ def _read(reply: str, own: list[Cluster], shown: list[Finding], said: list[str])
             whole, ids = home[rows[0].row_id], {f.row_id for f in rows}
             fresh = [s for s in told.new_data if not any(quote in " ".join(words(s.situation)) for quote in quotes)]
             made.append(whole.model_copy(update={
-                "name": f"{whole.cause} / {told.cluster_name}", "root_cause": told.likely_root_cause, "blame": told.layer,
-                "situations": fresh or whole.situations, "findings": rows,
+                "name": f"{whole.cause} / {told.cluster_name}", "blame": told.layer, "findings": rows,
+                "root_cause": told.likely_root_cause, "situations": fresh or whole.situations,
                 "contradictions": [a for c in own for a in c.contradictions if a["row"] in ids],
             }))  # fmt: skip
     return made, problem or ("" if made else "its reply names none of the rows that it was shown")

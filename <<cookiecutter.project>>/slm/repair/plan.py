@@ -93,10 +93,10 @@ def plan_table(plan: Plan) -> list[dict]:
 
 
 def save_plan(
-    settings, plan: Plan, causes: Sequence[dict], plot: Path | None = None, found: Sequence[dict] = (), rows: Sequence[dict] = ()
-) -> Path:
-    """Write repair_plan.json and repair_plan.md into the run's folder; returns the path of the JSON file. `causes`, `found`
-    and `rows` are the tables of the causes, the clusters and the failed rows behind them."""
+    settings, plan: Plan, causes: Sequence[dict], plot: Path | None = None, found: Sequence = (), rows: Sequence = (),
+) -> Path:  # fmt: skip
+    """Write repair_plan.json and repair_plan.md into the run's folder; returns the path of the JSON file. `causes`,
+    `found` and `rows` are the tables of the causes, the clusters and the failed rows behind them."""
     total = sum(item.rows for item in plan.items)
     text = f"# Repair plan, run {plan.run_id}\n\n{total} targeted rows for {sum(bool(i.rows) for i in plan.items)} clusters of "
     text += "failures on dev. No random rows: each cell answers a cluster. No text of an evaluation row stands in a prompt.\n\n"
@@ -115,8 +115,8 @@ def save_plan(
 
 
 def from_repair(settings, contract: Contract | None = None) -> list[Request] | None:
-    """The requests of the plan that `repair.plan` names, for 03; None when it names none. Raises SlmError as `read_plan`
-    does, or when the teacher is a recorded one."""
+    """The requests of the plan that `repair.plan` names, for 03; None when it names none. Raises SlmError as
+    `read_plan` does, or when the teacher is a recorded one."""
     if not settings.repair.plan:
         return None
     plan = read_plan(settings, settings.repair.plan, contract)
@@ -139,12 +139,14 @@ def read_plan(settings, file: str, contract: Contract | None = None) -> Plan:
     return plan
 
 
-def same_failures(settings, contract: Contract, rows: Sequence[Row], scores: Sequence[Score]) -> list[Row]:
+def same_failures(settings, contract: Contract, pairs: Sequence[tuple[Row, Score]]) -> list[Row]:
     """Of failed training rows those that fail as the clusters of `repair.plan` do; all of them when none does."""
     wanted = [(item.cause, item.label) for item in read_plan(settings, settings.repair.plan, contract).items]
-    alike = {f.row_id for f in diagnose(list(zip(rows, scores, strict=True)), contract)
-             if any(f.cause == cause and label in ("", f.label) for cause, label in wanted)}  # fmt: skip
-    print(f"{len(alike)} of {len(rows)} failures of training fail as the repair plan's clusters do" + (": all are taken" * (not alike)))
+    rows, alike = [row for row, _ in pairs], {
+        f.row_id for f in diagnose(pairs, contract)
+        if any(f.cause == cause and label in ("", f.label) for cause, label in wanted)
+    }
+    print(f"{len(alike)} of {len(rows)} failures are those of the repair plan{'' if alike else ': all are taken'}")
     return [row for row in rows if row.id in alike] or list(rows)
 
 
@@ -154,9 +156,9 @@ def next_step(settings, plan: Plan) -> str:
     if faults:
         return f"First mend the serving, no row can: {'; '.join(dict.fromkeys(faults))}."
     if not plan.requests:
-        return "Nothing left to repair: each cluster was tried in a round that did not help." if plan.tried else "Nothing to repair on dev."
+        return "Nothing to repair on dev" + (", each cluster was tried." if plan.tried else ".")
     against = sum(len(item.contradictions) for item in plan.items)
-    first = f"First settle {against} training rows that teach the opposite (python -m slm curate decide). " if against else ""
+    first = f"First look at {against} training rows that teach the opposite (curate decide). " if against else ""
     if settings.generate.teacher == "recorded":
         return f"{first}No rows are made here: {NEEDS_TEACHER}. Then python -m slm repair {plan.run_id} --apply."
     return f"{first}python -m slm repair {plan.run_id} --apply"

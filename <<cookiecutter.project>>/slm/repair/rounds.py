@@ -18,7 +18,7 @@ from slm.report import compare, tables
 from slm.rows import write_text
 from slm.settings import Settings, load_settings
 
-SAME = ("model", "train", "preference", "evaluate")  # what a round may not change, or it would compare two things at once
+SAME = ("model", "train", "preference", "evaluate")  # a round that changed these too would compare two things
 
 
 def rounds(run_id: str, contract: Contract, config: str, given: dict, most: int) -> list[dict]:
@@ -62,14 +62,14 @@ def _round(settings, contract: Contract, base, config: str, overrides: dict, own
     held = find(base, trained["parents"]["dataset"] or "")["parents"]
     locked, plan = registry.check_locked(base), read_plan(base, settings.repair.plan, contract)
     if odd := [r.set for r in load_candidate(base, base.run_id) if r.set_hash not in ("", locked[r.set])]:
-        raise SlmError(f"run {base.run_id} was evaluated on another data/eval/{odd[0]}.jsonl; run 06_evaluate for it again.")
+        raise SlmError(f"run {base.run_id} was evaluated on another data/eval/{odd[0]}.jsonl; run 06 for it again.")
 
     def added() -> list:
         return [path for path in batches(settings) if str(path.relative_to(settings.root)) not in held]
 
     by_hand = settings.generate.teacher == "recorded"
     if by_hand and not added():
-        raise SlmError(f"{NEEDS_TEACHER}, in a file of their own; they are described in {base.run_dir / 'repair_plan.md'}.")
+        raise SlmError(f"{NEEDS_TEACHER}, in a file of their own; the plan is {base.run_dir / 'repair_plan.md'}.")
     runner.run(settings, ["04-06" if by_hand else "03-06"], config, overrides, resume=True)
     record, text = _outcome(settings, contract, base, plan)
     record["files"] = [path.name for path in added()]
@@ -89,17 +89,20 @@ def _outcome(settings, contract: Contract, base, plan: Plan) -> tuple[dict, str]
     was, now = (sum(not s.critical_ok for s in r["golden"][NAME].scores) for r in (old, new))
     gain = dev.difference.value > 0 and dev.outcome != "worse" and not settings.repair.proven
     kept = (dev.outcome == "better" or gain) and golden.outcome != "worse" and now <= was
-    rows = Counter((r["row"]["meta"].get("provenance", {}).get("cluster"), not r["gate"]) for r in judged(settings) if "row" in r)
+    made = [(r["row"]["meta"].get("provenance", {}), r["gate"]) for r in judged(settings) if "row" in r]
+    rows = Counter((provenance.get("cluster"), not gate) for provenance, gate in made)
     clusters = [
-        {"cluster": i.name, "failures": len(i.findings), "fixed": len({f.row_id for f in i.findings} & {*dev.fixed}),
-         "rows asked": i.rows, "accepted": rows[i.name, True], "rejected": rows[i.name, False]} for i in plan.items if i.rows
+        {"cluster": i.name, "failures": len(i.findings), "fixed": sum(f.row_id in dev.fixed for f in i.findings),
+         "asked": i.rows, "accepted": rows[i.name, True], "rejected": rows[i.name, False]} for i in plan.items if i.rows
     ]  # fmt: skip
-    same = {name: c.difference.n - len(c.fixed) - len(c.broken) for name, c in (("dev", dev), ("golden", golden))}
-    verdict = f"Run {settings.run_id} is {'kept' if kept else 'discarded'}: dev {dev.outcome} ({len(dev.fixed)} fixed, "
-    verdict += f"{len(dev.broken)} broken, {same['dev']} unchanged), golden {golden.outcome} ({len(golden.fixed)} fixed, "
-    verdict += f"{len(golden.broken)} broken, {same['golden']} unchanged; {now} critical failures, before {was})."
-    parts = (verdict, "Rounds are chosen on dev: what they are worth, only test says.", tables.markdown(clusters))
-    text = f"# Repair of {base.run_id}\n\n" + "\n\n".join((*parts, compare.render(settings, base.run_id, settings.run_id)))
-    facts = {"stage": "repair", "status": "kept" if kept else "discarded", "run_id": settings.run_id, "verdict": verdict}
-    facts |= {"parents": {"run": base.run_id}, "clusters": [c["cluster"] for c in clusters], "rows": clusters}
-    return facts | {"dev": dev.model_dump(mode="json"), "golden": golden.model_dump(mode="json"), "settings": settings.hash}, text
+    told = [
+        f"{name} {c.outcome}: {len(c.fixed)} rows fixed, {len(c.broken)} broken, "
+        f"{c.difference.n - len(c.fixed) - len(c.broken)} unchanged" for name, c in (("dev", dev), ("golden", golden))
+    ]  # fmt: skip
+    status = "kept" if kept else "discarded"
+    verdict = f"Run {settings.run_id} is {status}; {'; '.join(told)}; {now} critical failures on golden, before {was}."
+    parts = (f"# Repair of {base.run_id}", verdict, "Rounds are chosen on dev: what they are worth, only test says.",
+             tables.markdown(clusters), compare.render(settings, base.run_id, settings.run_id))  # fmt: skip
+    facts = {"stage": "repair", "status": status, "run_id": settings.run_id, "verdict": verdict, "rows": clusters}
+    facts |= {"parents": {"run": base.run_id}, "clusters": [c["cluster"] for c in clusters], "settings": settings.hash}
+    return facts | {"dev": dev.model_dump(mode="json"), "golden": golden.model_dump(mode="json")}, "\n\n".join(parts)

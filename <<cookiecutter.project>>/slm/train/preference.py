@@ -26,16 +26,16 @@ FREE = ("rewriting", "qa")  # their answers may be worded otherwise and be right
 
 
 def failures(settings, contract: Contract, model) -> list[Row]:
-    """The rows of dev_internal and train that `model` answers wrongly, its answer as `rejected`; with `repair.plan` those
-    that fail as its clusters do. Raises SlmError when
-    one of them is, or repeats, a row of an evaluation set."""
+    """The rows of dev_internal and train that `model` answers wrongly, its answer as `rejected`; with `repair.plan`
+    those that fail as its clusters do. Raises SlmError when one of them is, or repeats, a row of an evaluation set."""
     parts = training_rows(settings)
     rows = [*parts["dev_internal"], *parts["train"]][: settings.preference.limit or None]
     refuse_locked(settings, rows)
     scores = answer_rows(cached(model, settings), rows, contract, settings.evaluate.max_new_tokens)
     right = {s.row_id for s in scores if (s.value == 1 if contract.task_type in FREE else s.exact) or s.finish_reason == "error"}
-    failed = [row.model_copy(update={"rejected": s.text}) for row, s in zip(rows, scores, strict=True) if row.id not in right]
-    return same_failures(settings, contract, failed, [s for s in scores if s.row_id not in right]) if settings.repair.plan else failed
+    wrong = [(row, s) for row, s in zip(rows, scores, strict=True) if row.id not in right]
+    wrong = [(row.model_copy(update={"rejected": s.text}), s) for row, s in wrong]
+    return same_failures(settings, contract, wrong) if settings.repair.plan else [row for row, _ in wrong]
 
 
 def refuse_locked(settings, rows: Sequence[Row]) -> None:
