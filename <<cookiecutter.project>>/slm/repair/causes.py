@@ -166,7 +166,7 @@ def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: di
         cause, evidence = matches[0] if matches else ("wrong label", score.explanation)
         blame = "prompt" if case.fault == "echo" else CAUSES[cause]["blame"]
         if odd.get(row.id) in often and not case.fault:
-            blame, evidence = "schema", f"{contract.label_field} {odd[row.id]!r} in many answers: does the contract lack it?"
+            blame, evidence = "schema", f"{contract.label_field} {odd[row.id]!r} in many answers: no such value in the contract"
         if case.fault == "error" or case.fault and shares[case.fault] >= SYSTEMATIC * len(pairs):
             blame = "deployment"
         found.append(Finding(
