@@ -77,7 +77,7 @@ def _round(settings, contract: Contract, base, config: str, overrides: dict, own
     print(text)
     if record["status"] == "discarded":
         for path in added():
-            path.rename(settings.run_dir / path.name)
+            print(f"{path.name} now lies in {path.rename(settings.run_dir / path.name).parent}")
         runner.run(base, ["04"], config, own)
     return registry.append(settings, "runs", record)
 
