@@ -170,3 +170,67 @@ def test_the_scripts_run_as_the_workflow_writes_them(ran, tmp_path):
         [sys.executable, "scripts/validate_jsonl.py", "data/generated/batch_001.jsonl"], cwd=project, capture_output=True, text=True
     )
     assert bad.returncode == 1 and "batch_001.jsonl:" in bad.stdout + bad.stderr
+
+
+TEACHER = """
+import json, random, re, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+WORDS = "invoice login export garden bridge window planet coffee sailor marble printer ticket folder station violin".split()
+class Handler(BaseHTTPRequestHandler):
+    count = 0
+    def do_POST(self):
+        text = json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"][-1]["content"]
+        lines, asked = [], re.search(r"WRITE (\\d+) JSONL", text)
+        for _ in range(int(asked[1]) if asked else 0):
+            Handler.count += 1
+            luck = random.Random(Handler.count)
+            output = {"category": re.search(r"CATEGORY (\\S+)", text)[1], "priority": "low", "product": None, "order_id": None,
+                      "refund_requested": False, "language": "en"}
+            user = " ".join(luck.sample(WORDS, 9)).capitalize() + f", please look into this {luck.choice(WORDS)} soon."
+            lines.append(json.dumps({"input": user, "output": output, "language": "en", "group": f"g{Handler.count}"}))
+        message = {"role": "assistant", "content": "\\n".join(lines) or "{}"}
+        body = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+                           "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+def test_a_repair_round_runs_the_loop_again_and_undoes_what_did_not_help(ran, tmp_path):
+    """A repair that never reaches training, or that leaves its rows behind when dev is no better."""
+    shutil.copytree(ran, project := tmp_path / "p", ignore=shutil.ignore_patterns("gguf", "merged"))
+    scores = project / "outputs/eval_reports/first/scores.json"
+    results = json.loads(scores.read_text())
+    for score in next(r for r in results if (r["name"], r["set"]) == ("fine_tuned", "dev"))["scores"]:
+        want = score["expected"]  # planted: every dev row has its priority wrong, and nothing else
+        got = {**want, "priority": "low" if want["priority"] == "high" else "high"}
+        score |= {"parsed": got, "lenient_parsed": got, "text": json.dumps(got), "stage": None, "finish_reason": "stop"}
+        score |= {"value": 5 / 6, "exact": False, "fields": {name: name != "priority" for name in want}}
+        score["shares"] |= {"field_f1": 5 / 6, "exact_match": 0.0, "echo_rate": 0.0}
+    scores.write_text(json.dumps(results))
+    before = (project / "data/accepted/train.jsonl").read_bytes()
+    teacher = subprocess.Popen([sys.executable, "-c", TEACHER], stdout=subprocess.PIPE, text=True)
+    try:
+        url = f"generate.endpoint.url=http://127.0.0.1:{teacher.stdout.readline().strip()}/v1"
+        said = ["generate.teacher=openai", url, "generate.endpoint.model=m", "generate.feasible_at=0", "repair.clusters_max=1"]
+        done = slm(project, "repair", "first", "--apply", *(part for one in said for part in ("-s", one)))
+    finally:
+        teacher.kill()
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = next(r for r in registry(project, "runs") if r["stage"] == "repair")
+    assert (record["run_id"], record["status"], record["parents"]["run"]) == ("first-repair-1", "discarded", "first")
+    [cluster] = record["rows"]
+    assert cluster["asked"] >= 20 and cluster["accepted"] >= 10
+    assert (project / "outputs/adapters/first-repair-1/adapter_model.safetensors").is_file()
+    assert "unchanged" in (project / "outputs/eval_reports/first-repair-1/repair.md").read_text()
+    assert (project / "data/accepted/train.jsonl").read_bytes() == before
+    [moved] = record["files"]
+    assert (project / "outputs/runs/first-repair-1" / moved).is_file() and not (project / "data/generated" / moved).is_file()

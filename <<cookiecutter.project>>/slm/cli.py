@@ -89,6 +89,21 @@ def sweep(
 
 
 @app.command()
+def repair(
+    run_id: str,
+    apply: Annotated[bool, typer.Option("--apply", help="Carry it out, 03 to 06, as <run>-repair-N.")] = False,
+    rounds: Annotated[int, typer.Option(help="With --apply: so many, each from the best run so far.", min=1)] = 1,
+    s: Annotated[list[str] | None, typer.Option("-s", help="A setting for this run, key=value; repeatable.")] = None,
+    config: Config = "project.yaml",
+) -> None:
+    """Why a run fails on dev and which rows would mend it (07); with --apply they are made, and kept if they help."""
+    from slm.repair.rounds import rounds as repair_rounds
+
+    given = dict(parse_override(item) for item in s or [])
+    repair_rounds(run_id, project_contract(load_settings(config)), config, given, rounds if apply else 0)
+
+
+@app.command()
 def release(run_id: str, profile: Profile = "default", config: Config = "project.yaml") -> None:
     """Release a run: every gate must pass, then it is recorded with its hashes; exit 1 when one does not."""
     from slm.evaluate import release as releases

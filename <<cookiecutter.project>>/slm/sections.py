@@ -229,6 +229,8 @@ class Repair(Section):
     rows_per_cluster_min: int = Field(20, ge=1)
     rows_per_cluster_max: int = Field(100, ge=1)
     clusters_max: int = Field(5, ge=1)  # the largest clusters are repaired first; the others wait for the next run
+    judge: Endpoint = Endpoint()  # names clusters, causes and situations in 07; on as soon as url and model are set
+    proven: bool = True  # a round is kept only where dev shows it better; false: any gain on dev, golden being stable
     plan: str = ""  # path of a repair_plan.json: 03 then asks the teacher for its rows instead of the grid's
 
 

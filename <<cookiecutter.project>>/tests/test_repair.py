@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 from pydantic import BaseModel, ConfigDict
 
-from slm import repair
+from slm import registry, repair
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.candidate import scores_file
 from slm.evaluate.metrics import Result
 from slm.evaluate.scorers import score_row
 from slm.models import Answer
+from slm.repair import rounds
 from slm.repair.causes import CAUSES, RULES
-from slm.rows import make_row, write_json, write_rows
-from slm.settings import Settings
+from slm.rows import make_row, read_rows, write_json, write_rows, write_text
+from slm.settings import Settings, load_settings
 
 
 class Ticket(BaseModel):
@@ -113,6 +115,25 @@ def test_the_serving_is_suspected_before_the_model(fault, text, finish):
     assert {f.fault for f in found} == {fault} and {f.blame for f in found} == {"deployment"}
 
 
+def test_a_request_that_failed_is_the_servings_fault():
+    """Guards against rows for an answer that never came, be it one of many."""
+    found = only("HTTP 500", finish="error")
+    assert (found.fault, found.blame) == ("error", "deployment")
+
+
+def test_an_answer_that_repeats_the_prompt_blames_the_prompt():
+    """Guards against new labels for a model that does not know where its answer begins."""
+    found = only("charged twice for the same blue bicycle", user="charged twice for the same blue bicycle")
+    assert (found.fault, found.blame) == ("echo", "prompt")
+
+
+def test_a_label_that_the_schema_lacks_is_blamed_on_the_schema():
+    """Guards against blaming the model when five answers ask for the same value that the contract has not."""
+    pairs = [pair('{"label":"refund","number":null}', user=f"money back {n}") for n in range(5)]
+    assert {f.blame for f in repair.diagnose(pairs, TICKET)} == {"schema"}
+    assert {f.blame for f in repair.diagnose(pairs[:4], TICKET)} == {"model"}
+
+
 def test_one_slip_among_many_is_not_blamed_on_the_serving():
     """Guards against calling a template broken because one answer of twenty ran on."""
     found = only("blah " * 40, finish="length")
@@ -140,7 +161,121 @@ def test_a_users_pattern_comes_first():
     pattern = repair.Pattern("mine", lambda row, score: (score.parsed or {}).get("label") == "none", "show this")
     found = repair.clusters(repair.diagnose(pairs, TICKET), pairs, [pattern])
     assert [(c.name, len(c.findings)) for c in found] == [("wrong label / billing / label", 3), ("mine", 2)]
-    assert found[1].situation == "show this"
+    assert found[1].situations[0].situation == "show this"
+
+
+def test_a_wrong_field_is_one_cluster_whatever_the_label():
+    """Guards against six clusters of one row each for one fault."""
+    pairs = [pair(f'{{"label":"{n}","number":"7"}}', f'{{"label":"{n}","number":null}}', user=n) for n in ("billing", "bug")]
+    [found] = repair.clusters(repair.diagnose(pairs, TICKET), pairs)
+    assert (found.name, found.label) == ("hallucinated field / number", "")
+
+
+def test_a_large_cluster_falls_into_its_topics_and_always_the_same():
+    """Guards against one plan for two kinds of message, and against a split that changes from run to run."""
+    topics = {"printer": "the printer jams paper on floor", "coffee": "my coffee order arrived cold and bitter"}
+    pairs = [pair('{"label":"bug","number":null}', user=f"{text} {n}") for n in range(6) for text in topics.values()]
+    first, second = (repair.clusters(repair.diagnose(pairs, TICKET), pairs) for _ in range(2))
+    assert first == second and [len(c.findings) for c in first] == [6, 6]
+    assert len({c.name for c in first}) == 2 and {c.about.split(", ")[0] for c in first} <= {*" ".join(topics.values()).split()}
+    same = [pair('{"label":"bug","number":null}', user=f"the printer jams paper on floor {n}") for n in range(12)]
+    assert len(repair.clusters(repair.diagnose(same, TICKET), same)) == 1
+
+
+def examined(settings, pairs, train, **sections):
+    """The clusters of the failures among `pairs`, with these training rows."""
+    write_rows(settings.path("data/accepted/train.jsonl"), train)
+    made = Settings.model_validate(settings.model_dump() | sections)
+    made._root = settings.root
+    return repair.examine(made, TICKET, repair.diagnose(pairs, TICKET), pairs, prompt=lambda contract, rows: f"causes {json.dumps(rows)}")
+
+
+def test_a_training_row_that_teaches_the_opposite_is_named(settings):
+    """Guards against more rows on top of a wrong one; a value copied from its own message is no contradiction."""
+    wrong = pair('{"label":"bug","number":null}', user="the tablet shows invoice twice in the list")
+    twin = make_row("the tablet shows invoice twice in the table", '{"label":"bug","number":null}', category="bug", id="bad")
+    other = [make_row(f"where do I find lamp {n}", GOOD, category="billing") for n in range(30)]
+    [found] = examined(settings, [wrong], [*other, twin])
+    assert [(c["train"], c["field"], c["taught"]) for c in found.contradictions] == [("bad", "label", "bug")]
+    assert found.blame == "data" and "bad" in found.root_cause and found.twins[0].startswith("bad")
+    plan = repair.make_plan(settings, TICKET, [found])
+    assert "1 training rows that teach the opposite" in repair.next_step(settings, plan)
+    number = pair('{"label":"bug","number":"55"}', '{"label":"bug","number":"54"}', user="ticket 54 shows invoice twice, not 55")
+    copied = make_row("ticket 55 shows invoice twice, not 56", '{"label":"bug","number":"55"}', category="bug")
+    assert examined(settings, [number], [*other, copied])[0].contradictions == []
+
+
+@pytest.mark.parametrize(("rows", "blame"), [(3, "data"), (40, "model")])
+def test_too_few_rows_are_the_datas_fault_and_enough_the_models(settings, rows, blame):
+    """Guards against asking for data that is there, and against tuning a recipe where there is none."""
+    train = [make_row(f"paid for lamp {n} at noon", GOOD, category="billing") for n in range(rows)]
+    [found] = examined(settings, failures(4), train)
+    assert found.blame == blame and str(rows) in found.root_cause
+
+
+def opinion(**more):
+    """One cluster of a judge's reply."""
+    told = {"cluster_name": "charged more than once", "likely_root_cause": "none is seen in training", "layer": "model", "examples": []}
+    return told | {"new_data": [{"situation": "two instalments fall into one month", "kind": "boundary", "n": 1}]} | more
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """Puts replies into the mouth of `repair.judge`; returns what it was asked, and the settings that name it."""
+    from slm.models import openai_api
+
+    asked, script = [], []
+
+    def answer(self, prompts):
+        asked.extend(p.messages[0]["content"] for p in prompts)
+        self.calls += 1
+        if isinstance(script[0], Exception):
+            raise script[0]
+        return [Answer(text, 0.1, 1000, 100) for text in script]
+
+    monkeypatch.setattr(openai_api.OpenAIModel, "answer", answer)
+    return asked, script, {"repair": {"judge": {"url": "http://localhost:1/v1", "model": "m", "usd_per_1m_input": 10}}}
+
+
+def test_a_judge_names_clusters_and_their_rows_are_shown(settings, judge):
+    """Guards against a judge's word without the rows behind it, rows that vanish, and money that nobody booked."""
+    asked, script, sections = judge
+    pairs = failures(5)
+    script.append("Here:\n" + json.dumps([opinion(examples=[pairs[0][0].id, pairs[3][0].id, "made-up"])]))
+    named, left = sorted(examined(settings, pairs, [], **sections), key=lambda c: len(c.findings))
+    assert [f.row_id for f in named.findings] == [pairs[0][0].id, pairs[3][0].id] and len(left.findings) == 3
+    assert (named.by, named.blame, left.by) == ("m", "model", "rules") and named.name == "wrong label / charged more than once"
+    assert "charged 4 times" in asked[0] and len(repair.rows_table([named, left], pairs)) == 5
+    item = repair.make_plan(settings, TICKET, [named]).items[0]
+    assert {(c.kind, c.category) for c in item.cells[:-1]} == {("boundary", "billing")} and item.rows == 20
+    assert [line["money"] for line in registry.read(settings, "costs")] == [0.01]
+
+
+@pytest.mark.parametrize(
+    ("reply", "line"),
+    [
+        (SlmError("endpoint m: timed out after 60 s."), "timed out"),
+        ("I think the model is confused.", "names none of the rows"),
+        (json.dumps([opinion(layer="karma")]), "layer"),
+        ("", "names none of the rows"),
+    ],
+)
+def test_a_judge_that_fails_changes_nothing_and_is_said(settings, judge, capsys, reply, line):
+    """Guards against a repair that dies, or goes astray, with its judge."""
+    pairs = failures(5)
+    judge[1].append(reply)
+    assert examined(settings, pairs, [], **judge[2]) == examined(settings, pairs, [])
+    said = capsys.readouterr().out
+    assert line in said and "by rule" in said and "secret-word" not in said
+
+
+def test_a_situation_that_quotes_an_evaluation_row_never_reaches_the_teacher(settings, judge):
+    """Guards against a judge that leaks dev into training."""
+    pairs = failures(5)
+    quoting = [{"situation": f"like this: {pairs[0][0].user.upper()}!"}, {"situation": "two instalments in one month"}]
+    judge[1].append(json.dumps([opinion(examples=[pairs[0][0].id], new_data=quoting)]))
+    found = examined(settings, pairs, [], **judge[2])
+    assert [s.situation for c in found if c.by == "m" for s in c.situations] == ["two instalments in one month"]
 
 
 def plan_for(settings, pairs, **kwargs):
@@ -158,7 +293,8 @@ def test_a_cluster_gets_twenty_to_a_hundred_rows(settings, count, rows):
 def test_the_label_it_was_mistaken_for_is_shown_too(settings):
     """Guards against mending billing by breaking bug."""
     cells = plan_for(settings, failures(4)).items[0].cells
-    assert {c.category: c.rows for c in cells} == {"billing": 30, "bug": 10} and cells[-1].kind == "near_miss"
+    assert sum(c.rows for c in cells if c.category == "billing") == 30 and cells[-1].kind == "near_miss"
+    assert (cells[-1].category, cells[-1].rows) == ("bug", 10) and len({c.situation for c in cells}) == 4
 
 
 def test_a_serving_fault_gets_no_rows(settings):
@@ -219,6 +355,148 @@ def test_a_plan_of_another_contract_is_refused(settings, tmp_path):
     _, again = saved(settings, tmp_path, generate={"teacher": "openai"})
     with pytest.raises(SlmError, match="another contract"):
         repair.from_repair(again, CALL)
+
+
+def test_preference_pairs_are_the_failures_of_the_plan(settings, tmp_path, capsys):
+    """Guards against pairs that have nothing to do with what is being repaired."""
+    _, again = saved(settings, tmp_path)
+    pairs = [*failures(2, start=50), pair('{"label":"none","number":null}', user="other")]
+    picked = repair.same_failures(again, TICKET, pairs)
+    assert [row.id for row in picked] == [row.id for row, _ in pairs[:2]] and "2 of 3 failures" in capsys.readouterr().out
+    assert len(repair.same_failures(again, TICKET, pairs[2:])) == 1
+
+
+class Rounds:
+    """A project in which `run` leaves what the notebooks would: `script` says how many of 40 dev rows each new run gets
+    right, and how many of 5 golden rows."""
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.ran, self.script = root, [], []
+        (root / "training/configs").mkdir(parents=True)
+        (root / "training/configs/train_config.yaml").write_text("epochs: 1\n")
+        (root / "project.yaml").write_text("generate: {teacher: openai}\nprofiles: {smoke: {train: {lora_rank: 4}}}\n")
+        for k, (name, n) in enumerate({"dev": 40, "test": 5, "adversarial": 5, "golden": 5}.items()):
+            write_rows(root / f"data/eval/{name}.jsonl", [make_row(f"charged {k}{i} times", GOOD, category="billing") for i in range(n)])
+        monkeypatch.chdir(root)
+        monkeypatch.setattr(rounds.runner, "run", self.run)
+        monkeypatch.setattr(rounds.compare, "render", lambda settings, a, b: f"{b} against {a}")
+        settings = load_settings(profile="smoke", run_id="r1")
+        registry.lock_sets(settings)
+        self.write(settings, "data/generated/batch_001.jsonl", 1)
+        self.script = [(20, 5)]
+        self.run(settings, ["04-06"], "project.yaml", {})
+
+    def write(self, settings, name, n):
+        write_rows(settings.path(name), [make_row(f"message {n} {i}", GOOD, category="billing", provenance={"cluster": "c"}) for i in range(4)])
+
+    def score(self, settings, name, right):
+        rows = read_rows(settings.path(f"data/eval/{name}.jsonl"))
+        texts = [GOOD if n < right else '{"label":"bug","number":null}' for n in range(len(rows))]
+        scores = [score_row(TICKET, row, Answer(text, 0.1)) for row, text in zip(rows, texts, strict=True)]
+        locked = registry.check_locked(settings)[name]
+        return Result(name="fine_tuned", set=name, scores=scores, set_hash=locked, contract_hash=TICKET.schema_hash).model_dump()
+
+    def run(self, settings, stages, config, overrides, resume=False):
+        self.ran.append((settings.run_id, *stages))
+        if stages == ["07"]:
+            found = repair.diagnose(pairs := repair.load_failures(settings, TICKET), TICKET)
+            repair.save_plan(settings, repair.make_plan(settings, TICKET, repair.clusters(found, pairs)), [])
+        if stages == ["03-06"]:
+            self.write(settings, f"data/generated/batch_{len(self.ran):03d}.jsonl", len(self.ran))
+        if stages != ["07"]:
+            files = sorted(settings.path("data/generated").glob("*.jsonl"))
+            write_rows(settings.path("data/accepted/all.jsonl"), rows := [row for f in files for row in read_rows(f)])
+            version = f"v{len(rows)}"
+            registry.append(settings, "datasets", {"version": version, "parents": {f"data/generated/{f.name}": "" for f in files}})
+        if stages in (["03-06"], ["04-06"]):
+            facts = {"stage": "train", "status": "completed", "run_id": settings.run_id, "parents": {"dataset": version}}
+            registry.append(settings, "runs", facts)
+            body = yaml.safe_dump(settings.model_dump(mode="json"))
+            write_text(settings.path(f"outputs/adapters/{settings.run_id}/settings.yaml"), body)
+            step = self.script.pop(0)
+            if isinstance(step, Exception):
+                raise step
+            dev, golden = step
+            write_json(scores_file(settings, settings.run_id), [self.score(settings, "dev", dev), self.score(settings, "golden", golden)])
+
+    def repair(self, most=1, run_id="r1", **given):
+        return rounds.rounds(run_id, TICKET, "project.yaml", given, most)
+
+    @property
+    def held(self):
+        return sorted(p.name for p in (self.root / "data/generated").glob("*.jsonl")), len(read_rows(self.root / "data/accepted/all.jsonl"))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    return Rounds(tmp_path, monkeypatch)
+
+
+def test_a_round_that_helps_is_kept_and_the_next_begins_from_it(project):
+    """Guards against rounds that all begin from the first run, and against a recipe that changed with the rows."""
+    project.script = [(34, 5), (40, 5)]
+    first, second = project.repair(most=2)
+    assert (first["status"], second["status"], second["parents"]["run"]) == ("kept", "kept", "r1-repair-1")
+    assert first["dev"]["outcome"] == "better" and len(first["dev"]["fixed"]) == 14 and first["rows"][0]["fixed"] == 14
+    settings = yaml.safe_load((project.root / "outputs/adapters/r1-repair-2/settings.yaml").read_text())
+    assert settings["profile"] == "smoke" and settings["train"]["lora_rank"] == 4
+    assert settings["repair"]["plan"] == "outputs/runs/r1-repair-2/applied_plan.json"
+    text = (project.root / "outputs/eval_reports/r1-repair-1/repair.md").read_text()
+    assert "kept" in text and "14 rows fixed, 0 broken, 26 unchanged" in text and "r1-repair-1 against r1" in text
+    assert [r["status"] for r in registry.read(load_settings(), "runs") if r["stage"] == "repair"] == ["kept", "kept"]
+
+
+@pytest.mark.parametrize(("dev", "golden"), [(20, 5), (23, 5), (12, 5), (40, 4)])
+def test_a_round_that_does_not_help_is_recorded_and_undone(project, dev, golden):
+    """Guards against rows that stay though they brought nothing, or cost golden; 3 of 40 rows more are noise."""
+    before, project.script = project.held, [(dev, golden)]
+    [record] = project.repair()
+    assert record["status"] == "discarded" and project.held == before
+    [gone] = record["files"]
+    assert (project.root / "outputs/runs/r1-repair-1" / gone).is_file()
+    assert project.repair() == []  # its only cluster was tried: no round begins
+
+
+def test_any_gain_is_enough_where_the_settings_say_so(project):
+    """Guards against a setting that changes nothing."""
+    project.script = [(23, 5)]
+    assert project.repair(**{"repair.proven": False})[0]["status"] == "kept"
+
+
+def test_an_interrupted_round_goes_on_with_its_plan(project):
+    """Guards against a second plan, a second round and a second bill after a stop."""
+    project.script = [SlmError("no disk"), (40, 5)]
+    with pytest.raises(SlmError, match="no disk"):
+        project.repair()
+    [record] = project.repair()
+    assert record["run_id"] == "r1-repair-1" and record["status"] == "kept"
+    assert [one for one in project.ran if one[0] == "r1"] == [("r1", "04-06"), ("r1", "07")]  # planned once
+
+
+def test_without_a_teacher_rows_by_hand_make_the_round(project):
+    """Guards against a round over nothing, and against a project that needs an endpoint to repair."""
+    with pytest.raises(SlmError, match="recorded teacher .* by hand"):
+        project.repair(**{"generate.teacher": "recorded"})
+    project.write(load_settings(), "data/generated/by_hand.jsonl", 9)
+    project.script = [(40, 5)]
+    [record] = project.repair(**{"generate.teacher": "recorded"})
+    assert record["files"] == ["by_hand.jsonl"] and ("r1-repair-1", "04-06") in project.ran
+
+
+def test_a_run_that_was_never_trained_is_named(project):
+    """Guards against a traceback for a mistyped run id."""
+    with pytest.raises(SlmError, match="train and evaluate run r9 first"):
+        project.repair(run_id="r9")
+
+
+def test_a_changed_dev_set_stops_the_round_before_it_costs_anything(project):
+    """Guards against an hour of training before two runs turn out not to compare."""
+    write_rows(project.root / "data/eval/dev.jsonl", read_rows(project.root / "data/eval/dev.jsonl")[1:])
+    (project.root / "data/eval/lock.json").unlink()
+    registry.lock_sets(load_settings())
+    with pytest.raises(SlmError, match="dev"):
+        project.repair()
+    assert ("r1-repair-1", "03-06") not in project.ran
 
 
 def test_only_dev_is_repaired_on(settings):

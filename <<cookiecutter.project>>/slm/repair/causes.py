@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import yaml
 from pydantic import BaseModel, ConfigDict
 
 from slm.contract import Contract
@@ -17,26 +18,15 @@ SYSTEMATIC = 0.1  # a serving fault in this share of all answers is the deployme
 TEMPLATE = re.compile(r"<\|?[a-z]+_?[a-z]*(?:_id|_header_id|start|end|text)?\|>|</?s>|\[/?INST\]|</?think>|<(?:start|end)_of_turn>")
 REFUSAL = re.compile(r"(?i)\b(i'?m sorry|i am sorry|i can(?:no|')t|i am unable|i'm unable|as an ai|i won'?t)\b")
 
-# Cause -> what it usually is a fault of, and what mends it.
-CAUSES: dict[str, tuple[str, str]] = {
-    "missing category": ("data", "write canonical and near-miss rows of this label; the training set has almost none"),
-    "wrong schema": ("model", "rows that tempt to this break and hold the schema; check template, EOS, temperature 0 first"),
-    "wrong label": ("data", "contrast rows: the two labels side by side, the detail that decides in the text"),
-    "too verbose": ("model", "rows whose answer is the bare object; check that the end token is trained"),
-    "refusal when it should answer": ("data", "real requests that look unlike a request; fewer easy null rows"),
-    "answer when it should refuse": ("data", "negative rows: no request, spam, missing facts, orders to the model"),
-    "tool name wrong": ("data", "contrast rows for the two tools"),
-    "tool argument wrong": ("data", "rows in which this argument is said in other words, places and formats"),
-    "hallucinated field": ("data", "rows where the fact is absent or a distractor stands in its place"),
-    "fails long input": ("data", "long rows with the deciding fact at the start, in the middle, at the end"),
-    "fails adversarial input": ("data", "rows with orders to the model and misleading phrasing, answered by the contract"),
-}
+# Cause -> blame (what it usually is a fault of), mend, and situations for the teacher.
+CAUSES: dict[str, dict] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 class Finding(BaseModel):
     """One failed row: its primary cause, the other causes that also match, and the evidence in words. `fault` names a
-    serving fault ("empty", "template", "stop", "length", "parser") or is empty; `blame` is data, model, schema or
-    deployment. `label` is the expected category, `got` the given one, `field` the first wrong field."""
+    serving fault ("error", "echo", "empty", "template", "stop", "length", "parser") or is empty; `blame` is data,
+    model, prompt, schema or deployment. `label` is the expected category, `got` the given one, `field` the first
+    wrong field."""
 
     model_config = ConfigDict(extra="forbid")
     row_id: str
@@ -72,6 +62,10 @@ def serving_fault(score: Score) -> tuple[str, str]:
     text, expected = score.text, json.dumps(score.expected, ensure_ascii=False, separators=(",", ":"))
     if score.parsed is not None:
         return "", ""
+    if score.finish_reason == "error":
+        return "error", f"the request failed, there is no answer: {text[:80]}"
+    if score.shares.get("echo_rate"):
+        return "echo", "the answer repeats the prompt: the template does not say where the answer begins"
     if not text.strip():
         return "empty", "the answer is empty: the stop token came first, or the template leaves no room for one"
     if hit := TEMPLATE.search(text):
@@ -159,6 +153,10 @@ def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: di
     lengths = sorted(len(row.user.split()) for row, _ in pairs) or [0]
     long_words = max(60, 2 * lengths[len(lengths) // 2])
     shares = Counter(serving_fault(score)[0] for _, score in pairs)
+    listed = json.dumps([contract.schema, None, "None"], ensure_ascii=False)
+    broken = [s for _, s in pairs if s.stage == "schema"]
+    odd = {s.row_id: str(contract.label(contract.parse(s.text, lenient=True).value)) for s in broken}
+    often = {name for name, n in Counter(odd.values()).items() if n >= TRAINED and f'"{name}"' not in listed}
     found = []
     for row, score in pairs:
         if score.exact:
@@ -166,11 +164,15 @@ def diagnose(pairs: Sequence[tuple[Row, Score]], contract: Contract, trained: di
         case = Case(row, score, contract, trained, long_words)
         matches = [(cause, evidence) for cause, test in RULES if (evidence := test(case))]
         cause, evidence = matches[0] if matches else ("wrong label", score.explanation)
-        systematic = bool(case.fault) and shares[case.fault] >= SYSTEMATIC * len(pairs)
+        blame = "prompt" if case.fault == "echo" else CAUSES[cause]["blame"]
+        if odd.get(row.id) in often and not case.fault:
+            blame, evidence = "schema", f"{contract.label_field} {odd[row.id]!r} in many answers: no such value in the contract"
+        if case.fault == "error" or case.fault and shares[case.fault] >= SYSTEMATIC * len(pairs):
+            blame = "deployment"
         found.append(Finding(
             row_id=row.id, cause=cause, others=list(dict.fromkeys(c for c, _ in matches if c != cause)), evidence=evidence,
-            fault=case.fault, blame="deployment" if systematic else CAUSES[cause][0], label=case.label, got=case.got,
-            field=next((n for n in case.wrong if n != contract.label_field or n == case.wrong[0]), ""),
+            fault=case.fault, blame=blame, label=case.label, got=case.got,
+            field=next(iter(case.wrong), "") if case.same_label or not contract.label_field else contract.label_field,
             kind=row.meta.kind, difficulty=row.meta.difficulty,
         ))  # fmt: skip
     return found
@@ -182,7 +184,7 @@ def table(findings: Sequence[Finding]) -> list[dict]:
     for cause, count in Counter(f.cause for f in findings).most_common():
         own = [f for f in findings if f.cause == cause]
         blame = Counter(f.blame for f in own).most_common(1)[0][0]
-        mend = CAUSES[cause][1] if blame != "deployment" else "mend the serving before any data: " + own[0].evidence
+        mend = f"mend the serving first: {own[0].evidence}" if blame == "deployment" else CAUSES[cause]["mend"]
         lines.append({"cause": cause, "rows": count, "fault of": blame, "example": f"{own[0].row_id}: {own[0].evidence}", "mends it": mend})
     return lines
 

@@ -1,10 +1,19 @@
-"""Failures that would be mended by the same rows: the user's own patterns first, then cause, label and field."""
+"""Failures that the same rows would mend: the user's own patterns first, then cause, label or field, and topic."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from slm.repair.causes import Finding
-from slm.rows import Row
+from pydantic import BaseModel, ConfigDict, Field
+
+from slm.curate.engine import embed
+from slm.curate.text import text_of, tfidf, words
+from slm.repair.causes import CAUSES, Finding
+from slm.rows import Difficulty, Kind, Row
+
+SPLIT = 10  # failures from which on a group is searched for topics
+BY_LABEL = ("missing category", "wrong label", "tool name wrong")  # causes of which each label is a cluster of its own
+APART = 0.05  # least silhouette of a split; a random one has about 0
 
 
 @dataclass(frozen=True)
@@ -17,72 +26,115 @@ class Pattern:
     situation: str
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Failures of one cause and one label (or one pattern), and the situation that new rows must show."""
+class Cell(BaseModel):
+    """Rows that show one situation; category, kind and difficulty are those of the failures where it does not say."""
 
+    situation: str = Field(min_length=1, max_length=400)
+    category: str = ""
+    kind: Kind | None = None
+    difficulty: Difficulty | None = None
+    rows: int = 0
+    prompt: str = ""
+
+
+class Cluster(BaseModel):
+    """Failures of one kind, and the situations that new rows must show. `about` are words that set its messages apart,
+    for a reader only; `twins` the likest training rows; `contradictions` those that teach what the model wrongly said
+    (row, train, cosine, field, taught); `by` names the judge that made it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     cause: str
-    label: str
-    got: str
-    situation: str
-    findings: tuple[Finding, ...]
+    label: str = ""
+    got: str = ""
+    about: str = ""
+    blame: str = "data"
+    root_cause: str = ""
+    situations: list[Cell] = []
+    findings: list[Finding]
+    twins: list[str] = []
+    contradictions: list[dict] = []
+    by: str = "rules"
 
     @property
-    def serving(self) -> str:
+    def check_first(self) -> str:
         """The evidence of a systematic serving fault, which no row can mend; "" otherwise."""
         return next((f.evidence for f in self.findings if f.blame == "deployment"), "")
 
 
-# What the teacher is asked to show. No text of an evaluation row ever stands here: that would leak it into training.
-SITUATIONS = {
-    "missing category": "the full breadth of {label}: common and rare situations, each with its own detail",
-    "wrong schema": "input that tempts one into invalid output for {label}: braces, quotes, lists, unusual label words",
-    "wrong label": "{field} hangs on one detail of the text and is easily got wrong{got}",
-    "too verbose": "input that invites an explanation, while the answer is the bare object for {label}",
-    "refusal when it should answer": "a real request of {label} in an odd guise: vague, rude, very short, off-topic at first",
-    "answer when it should refuse": "nothing to act on, though words of{got} occur: no request, missing facts, spam",
-    "tool name wrong": "a request for {label} in words that also fit another tool{got}",
-    "tool argument wrong": "{field} is said in an unusual place, order or format, and must be copied right",
-    "hallucinated field": "{field} is not in the text, or a look-alike stands in its place",
-    "fails long input": "60 to 110 words for {label}; the deciding fact stands late, between side matters",
-    "fails adversarial input": "orders to the model, false labels and misleading phrasing around a case of {label}",
-}
-
-
-def clusters(findings: Sequence[Finding], pairs: Sequence[tuple], patterns: Sequence[Pattern] = ()) -> list[Cluster]:
-    """The failures grouped, the largest group first. `pairs` are the (row, score) of the run, for the patterns. A
-    failure goes to the first pattern that matches it; the others are grouped by cause, label and wrong field."""
-    by_id = {row.id: (row, score) for row, score in pairs}
-    groups: dict[tuple, list[Finding]] = {}
-    for finding in findings:
-        deployment = finding.blame == "deployment"
-        own = next((p for p in patterns if not deployment and p.match(*by_id[finding.row_id])), None)
-        field = finding.field if finding.cause in ("wrong label", "tool argument wrong", "hallucinated field") else ""
-        key = (own.name, None, own) if own else (finding.cause, "" if deployment else finding.label, field)
-        groups.setdefault(key, []).append(finding)
-    found = [_cluster(key, group) for key, group in groups.items()]
+def clusters(
+    findings: Sequence[Finding], pairs: Sequence[tuple], patterns: Sequence[Pattern] = (), embedder: str = ""
+) -> list[Cluster]:  # fmt: skip
+    """The failures grouped, the largest group first. `pairs` are the (row, score) of the run. A failure goes to the
+    first pattern that matches it; the others are grouped by cause and by what is wrong: the label, or one field
+    under any label. A large group is split by what its messages are about, over TF-IDF or the vectors of `embedder`."""
+    by_id, groups, found = {row.id: (row, score) for row, score in pairs}, {}, []
+    for f in findings:
+        own = next((p for p in patterns if f.blame != "deployment" and p.match(*by_id[f.row_id])), None)
+        field = f.field if f.cause in ("wrong label", "tool argument wrong", "hallucinated field") else ""
+        label = f.label if f.cause in BY_LABEL and f.got != f.label else ""
+        key = (f.cause, "", f.fault) if f.blame == "deployment" else (f.cause, label, field)
+        groups.setdefault((own.name, "", own) if own else key, []).append(f)
+    for key, group in groups.items():
+        parts = _topics(group, [text_of(by_id[f.row_id][0]) for f in group], embedder)
+        found += [_cluster(key, part, f" ({n})" * (len(parts) > 1), by_id) for n, part in enumerate(parts, 1)]
     return sorted(found, key=lambda c: (-len(c.findings), c.name))
 
 
 def cluster_table(found: Sequence[Cluster]) -> list[dict]:
     """One line per cluster."""
     return [
-        {"cluster": c.name, "rows": len(c.findings), "cause": c.cause, "label": c.label or "several", "often taken for": c.got,
-         "example": c.findings[0].evidence} for c in found
+        {"cluster": c.name, "rows": len(c.findings), "taken for": c.got, "about": c.about, "fault of": c.blame,
+         "root cause": c.root_cause, "likest in training": ", ".join(c.twins), "by": c.by} for c in found
     ]  # fmt: skip
 
 
-def _cluster(key: tuple, group: list[Finding]) -> Cluster:
-    name, label, rest = key
-    got = _commonest([f.got for f in group if f.got and f.got != f.label])
-    if isinstance(rest, Pattern):
-        return Cluster(rest.name, _commonest([f.cause for f in group]), "", got, rest.situation, tuple(group))
+def rows_table(found: Sequence[Cluster], pairs: Sequence[tuple], most: int = 5) -> list[dict]:
+    """The failed rows behind each cluster, `most` of each: what was asked, expected and answered."""
+    said = {row.id: {"input": row.user[:160], "answer": score.text[:120]} for row, score in pairs}
+    shown = [(c.name, f) for c in found for f in c.findings[:most]]
+    return [{"cluster": name, "row": f.row_id, **said[f.row_id], "evidence": f.evidence} for name, f in shown]
+
+
+def vectors(texts: Sequence[str], embedder: str):
+    """Unit vectors of texts, (n, size)."""
+    return embed(embedder, texts) if embedder else tfidf(texts)
+
+
+def _topics(group: list[Finding], texts: list[str], embedder: str) -> list[list[Finding]]:
+    """The group in parts of three failures or more, by k-means with the best silhouette (Rousseeuw 1987); whole where
+    no split stands out."""
+    import numpy as np
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
+    best, kept = APART, np.zeros(len(group), int)
+    if len(group) < SPLIT or not any(map(words, texts)):
+        return [group]
+    made = vectors(texts, embedder)
+    for k in range(2, len(group) // 5 + 1):
+        ids = KMeans(k, n_init=5, random_state=0).fit_predict(made)
+        if np.bincount(ids).min() >= 3 and (score := silhouette_score(made, ids, metric="cosine")) > best:
+            best, kept = score, ids
+    return [[f for f, own in zip(group, kept, strict=True) if own == part] for part in dict.fromkeys(kept.tolist())]
+
+
+def _cluster(key: tuple, group: list[Finding], part: str, by_id: dict[str, tuple]) -> Cluster:
+    own, labels = isinstance(key[2], Pattern), {f.label for f in group}
+    cause, blame = (_commonest([getattr(f, name) for f in group]) for name in ("cause", "blame"))
+    got, label = _commonest([f.got for f in group if f.got != f.label]), labels.pop() if len(labels) == 1 else ""
+    got = got if 3 * sum(f.got == got for f in group) >= len(group) else ""
     taken = f", taken for {got}" if got else ""
-    if name == "answer when it should refuse":
-        taken = f" {got or 'other labels'}"
-    text = SITUATIONS[name].format(label=label or "any label", field=rest or "the label", got=taken)
-    return Cluster(" / ".join(part for part in key if part), name, label, got, text, tuple(group))
+    taken = f" {got or 'other labels'}" if cause == "answer when it should refuse" else taken
+    how = {"label": label or "any label", "field": key[2] or "the label", "got": taken}
+    texts = [key[2].situation] if own else [text.format(**how) for text in CAUSES[cause]["situations"]]
+    here = Counter(w for f in group for w in set(words(text_of(by_id[f.row_id][0]))) if len(w) > 4)
+    return Cluster(
+        name=(key[0] if own else " / ".join(filter(None, key))) + part, cause=cause, label=label, got=got, blame=blame,
+        about=", ".join(w for w, n in here.most_common(3) if n > 1), situations=[Cell(situation=t) for t in texts],
+        root_cause="" if blame in ("data", "model") else next(f.evidence for f in group if f.blame == blame),
+        findings=group,
+    )  # fmt: skip
 
 
 def _commonest(values: list[str]) -> str:

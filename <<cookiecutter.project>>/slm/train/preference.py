@@ -14,6 +14,7 @@ from slm.evaluate import Comparison, compare_results, evaluate, take
 from slm.evaluate.candidate import NAME
 from slm.evaluate.scorers import answer_rows
 from slm.models import base_folder, cached, student
+from slm.repair.plan import same_failures
 from slm.rows import Row, read_rows
 from slm.train.cpu import patch_trl
 from slm.train.encode import load_tokenizer
@@ -25,14 +26,16 @@ FREE = ("rewriting", "qa")  # their answers may be worded otherwise and be right
 
 
 def failures(settings, contract: Contract, model) -> list[Row]:
-    """The rows of dev_internal and train that `model` answers wrongly, its answer as `rejected`. Raises SlmError when
-    one of them is, or repeats, a row of an evaluation set."""
+    """The rows of dev_internal and train that `model` answers wrongly, its answer as `rejected`; with `repair.plan`
+    those that fail as its clusters do. Raises SlmError when one of them is, or repeats, a row of an evaluation set."""
     parts = training_rows(settings)
     rows = [*parts["dev_internal"], *parts["train"]][: settings.preference.limit or None]
     refuse_locked(settings, rows)
     scores = answer_rows(cached(model, settings), rows, contract, settings.evaluate.max_new_tokens)
     right = {s.row_id for s in scores if (s.value == 1 if contract.task_type in FREE else s.exact) or s.finish_reason == "error"}
-    return [row.model_copy(update={"rejected": s.text}) for row, s in zip(rows, scores, strict=True) if row.id not in right]
+    wrong = [(row, s) for row, s in zip(rows, scores, strict=True) if row.id not in right]
+    wrong = [(row.model_copy(update={"rejected": s.text}), s) for row, s in wrong]
+    return same_failures(settings, contract, wrong) if settings.repair.plan else [row for row, _ in wrong]
 
 
 def refuse_locked(settings, rows: Sequence[Row]) -> None:
