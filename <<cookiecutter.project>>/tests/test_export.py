@@ -259,6 +259,74 @@ def test_a_killed_export_leaves_no_half_file_and_its_rest_goes_with_the_next(tmp
     assert (target if kind == "file" else target / "part").read_text() == "two"
 
 
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+import llama_cpp
+from slm.export.quantize import make_files
+from slm.settings import load_settings
+
+def half(source, target, options):
+    Path(target.decode()).write_bytes(Path(source.decode()).read_bytes()[:1000])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+llama_cpp.llama_model_quantize = half
+settings = load_settings(start=Path(sys.argv[1]), run_id="k", overrides={"export.quants": ["f16", "q8_0"]})
+make_files(settings, Path(sys.argv[2]))
+"""
+
+
+def test_an_export_killed_while_it_quantizes_starts_again_cleanly(project):
+    """Guards against a truncated quant, or an earlier export's proof and checksums, beside files that they do not describe."""
+    import subprocess
+    import sys
+
+    from slm.export.quantize import gguf_folder, make_files
+    from slm.rows import write_text
+    from slm.settings import load_settings
+
+    settings = load_settings(start=project[0].root, run_id="k", overrides={"export.quants": ["f16", "q8_0"]})
+    folder, old = gguf_folder(settings), ("model-q8_0.gguf", "export.json", "checksums.txt", "Modelfile")
+    for name in old:
+        write_text(folder / name, "of an earlier export")
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(settings.root), str(project[1])], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr.decode()[-1000:]
+    assert not [name for name in old if (folder / name).exists()]
+    assert (folder / "model-f16.gguf").read_bytes() == project[2][0].path.read_bytes()
+    files = make_files(settings, project[1])
+    assert sorted(p.name for p in folder.iterdir()) == ["model-f16.gguf", "model-q8_0.gguf"]
+    assert files[1].path.read_bytes() == project[2][1].path.read_bytes()
+
+
+def test_an_importance_matrix_brings_a_quant_nearer_at_the_same_size(project):
+    """Guards against a matrix that llama.cpp ignores, or one of other tensors: each matrix of the model must be in it."""
+    from slm.export.imatrix import importance
+    from slm.export.logits import _ask, compare_logits
+    from slm.export.quantize import make_files, quantize
+    from slm.models.llama_cpp import LlamaCppModel
+    from slm.settings import load_settings
+    from transformers import AutoTokenizer
+
+    settings, merged, (f16, _) = project
+    write_rows(settings.path("data/accepted/train.jsonl"), ROWS)
+    weights = importance(settings, CONTRACT, f16.path, merged)
+    kinds = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    assert {f"blk.{n}.{kind}.weight" for n in range(2) for kind in kinds} <= {*weights}
+    assert all(min(values) >= 0 < max(values) for values in weights.values())
+    folder = f16.path.parent / "imatrix"
+    plain, aware = (quantize(f16.path, folder / f"{n}.gguf", "q4_k_m", w) for n, w in (("plain", None), ("aware", weights)))
+    assert plain.read_bytes() != aware.read_bytes() and abs(plain.stat().st_size / aware.stat().st_size - 1) < 0.02
+    asked, found = [_ask(AutoTokenizer.from_pretrained(merged), CONTRACT.messages(row)) for row in ROWS], {}
+    for path in (f16.path, plain, aware):
+        model = LlamaCppModel(path)
+        found[path] = [model.logits(*one) for one in asked]
+        model.close()
+    near, far = (compare_logits("q4_k_m", found[f16.path], found[p], 1.0).kl for p in (aware, plain))
+    assert 0 < near < far
+    made = load_settings(start=settings.root, run_id="i", overrides={"export.quants": ["q4_k_m"], "export.imatrix": True})
+    assert make_files(made, merged, CONTRACT)[1].path.read_bytes() == aware.read_bytes()
+
+
 def test_an_export_that_does_not_fit_is_refused_before_it_starts(project, monkeypatch):
     """Guards against an hour of merging before the disk is full; the arithmetic must meet the real checkpoint's size."""
     from slm.export import files
@@ -275,8 +343,8 @@ def test_an_export_that_does_not_fit_is_refused_before_it_starts(project, monkey
 
 
 def test_the_same_ids_are_not_asked_twice():
-    """Guards against paying for path B where it is path A, and against skipping it where the file reads other ids."""
-    from slm.export.parity import RenderedPrompts
+    """Guards against paying for paths B and C where they are path A, and against skipping one that reads other ids."""
+    from slm.export.parity import IDS, MESSAGES, TEXT, RenderedPrompts
     from slm.models import Answer, Prompt
 
     class Runtime:
@@ -284,6 +352,9 @@ def test_the_same_ids_are_not_asked_twice():
 
         def tokenize(self, text):
             return [1, 2] if text == "same" else [9]
+
+        def prompt_ids(self, messages):
+            return [7] if messages[0]["content"] == "same" else [9]
 
         def answer_ids(self, prompts, max_tokens):
             self.asked += len(prompts)
@@ -298,10 +369,9 @@ def test_the_same_ids_are_not_asked_twice():
 
     runtime, known = Runtime(), {}
     prompts = [Prompt([{"role": "user", "content": text}]) for text in ("same", "other")]
-    ids = RenderedPrompts(runtime, Tokenizer(), True, known).answer(prompts)
-    text = RenderedPrompts(runtime, Tokenizer(), False, known).answer(prompts)
-    assert [a.text for a in ids] == ["[1, 2]", "[1, 2]"] and [a.text for a in text] == ["[1, 2]", "[9]"]
-    assert runtime.asked == 2
+    found = [[a.text for a in RenderedPrompts(runtime, Tokenizer(), way, known).answer(prompts)] for way in (IDS, TEXT, MESSAGES)]
+    assert found == [["[1, 2]", "[1, 2]"], ["[1, 2]", "[9]"], ["[7]", "[9]"]]
+    assert runtime.asked == 3
 
 
 def test_three_paths_through_the_f16_file_agree(scored):

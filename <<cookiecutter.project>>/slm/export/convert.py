@@ -62,7 +62,7 @@ def convert(folder: Path, target: Path, name: str = "model") -> Path:
         command = [sys.executable, str(script), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         if done.returncode or not work.is_file():
-            raise SlmError(f"{folder}: the GGUF converter stopped (exit code {done.returncode}): {_last_words(done.stderr)}")
+            raise SlmError(f"{folder}: the GGUF converter stopped (exit code {done.returncode}): {last_words(done.stderr)}")
     return target
 
 
@@ -80,13 +80,14 @@ def _download(package: str, folder: Path) -> Path:
     found = sorted(folder.glob("llama_cpp_python-*.tar.gz")) if folder.is_dir() else []
     if done.returncode or not found:
         raise SlmError(
-            f"the GGUF converter is not on this disk and {package} cannot be downloaded ({_last_words(done.stderr)}); "
+            f"the GGUF converter is not on this disk and {package} cannot be downloaded ({last_words(done.stderr)}); "
             "run `make setup` once with a network."
         )
     return found[0]
 
 
-def _last_words(text: str) -> str:
+def last_words(text: str) -> str:
+    """The end of what a program said before it stopped."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " | ".join(lines[-3:]) or "no message"
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from slm.errors import SlmError
 from slm.export.convert import convert
 from slm.export.files import require_space, weight_bytes, whole
+from slm.export.imatrix import importance
+from slm.export.unsloth_gguf import convert_by_unsloth
 
 SHARE = {"f16": 1.0, "q8_0": 0.54, "q5_k_m": 0.45, "q4_k_m": 0.42}  # of the f16 file, at most
 
@@ -35,8 +37,9 @@ def gguf_folder(settings) -> Path:
     return settings.path(f"outputs/gguf/{settings.run_id}")
 
 
-def make_files(settings, merged: Path) -> list[GgufFile]:
-    """Convert the merged model and quantize it to `export.quants`; files of an earlier export of this run are replaced."""
+def make_files(settings, merged: Path, contract=None) -> list[GgufFile]:
+    """Convert the merged model and quantize it to `export.quants`; files of an earlier export of this run are replaced.
+    `contract` is needed for `export.imatrix` alone: it renders the training rows."""
     folder, quants = gguf_folder(settings), settings.export.quants
     if not quants:
         raise SlmError("export.quants is empty; name at least one of f16, q8_0, q5_k_m, q4_k_m.")
@@ -45,17 +48,21 @@ def make_files(settings, merged: Path) -> list[GgufFile]:
     for old in [*folder.glob("model-*.gguf"), folder / "Modelfile", folder / "export.json", folder / "checksums.txt"]:
         old.unlink(missing_ok=True)
     begin = time.perf_counter()
-    f16 = convert(merged, folder / "model-f16.gguf", name=settings.project.name)
+    if settings.export.converter == "unsloth":
+        f16 = convert_by_unsloth(settings, merged, folder / "model-f16.gguf")
+    else:
+        f16 = convert(merged, folder / "model-f16.gguf", name=settings.project.name)
     files = [GgufFile("f16", f16, time.perf_counter() - begin, tensor_types(f16))]
+    weights = importance(settings, contract, f16, merged) if settings.export.imatrix else None
     for quant in [q for q in quants if q != "f16"]:
         begin = time.perf_counter()
-        path = quantize(f16, folder / f"model-{quant}.gguf", quant)
+        path = quantize(f16, folder / f"model-{quant}.gguf", quant, weights)
         files.append(GgufFile(quant, path, time.perf_counter() - begin, tensor_types(path)))
     return files
 
 
-def quantize(source: Path, target: Path, quant: str) -> Path:
-    """Quantize an f16 GGUF, all or nothing. Raises SlmError when llama.cpp refuses."""
+def quantize(source: Path, target: Path, quant: str, importance: dict[str, list[float]] | None = None) -> Path:
+    """Quantize an f16 GGUF, all or nothing, by `importance` where it is given. Raises SlmError when llama.cpp refuses."""
     import llama_cpp
 
     # One line per tensor that falls back; `tensor_types` says the same in one record.
@@ -63,6 +70,10 @@ def quantize(source: Path, target: Path, quant: str) -> Path:
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quant.upper()}")
     options.nthread = os.cpu_count() or 1
+    if importance:
+        entry = llama_cpp.llama_model_imatrix_data
+        entries = [entry(n.encode(), (ctypes.c_float * len(v))(*v), len(v)) for n, v in importance.items()]
+        options.imatrix = (entry * (len(entries) + 1))(*entries)  # a nameless one ends the list
     with whole(target) as work:
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(work).encode(), ctypes.byref(options))
         if code or not work.is_file():

@@ -55,6 +55,10 @@ class LlamaCppModel:
         """Token ids of a rendered prompt: special tokens parsed, nothing added."""
         return self.llama.tokenize(text.encode(), add_bos=False, special=True)
 
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """Token ids of a chat through the file's own template, as it is asked."""
+        return self._render(messages)[0]
+
     def close(self) -> None:
         """Give the memory back."""
         self._sequences.close()
