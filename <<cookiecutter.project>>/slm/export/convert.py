@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,10 +14,19 @@ from filelock import FileLock
 
 from slm.errors import SlmError
 from slm.export.files import require_space, weight_bytes, whole
+from slm.export.merge import adapter_folder
 from slm.models.embedded import cache_home
 
 SCRIPT = "convert_hf_to_gguf.py"
 PARTS = (SCRIPT, "conversion/", "gguf-py/gguf/", "LICENSE")
+
+# In a process of its own: importing Unsloth changes transformers, which the proofs need as it is.
+UNSLOTH = """
+import sys, unsloth, transformers
+adapter, merged, out = sys.argv[1:]
+model, _ = unsloth.FastLanguageModel.from_pretrained(adapter, load_in_4bit=False)
+model.save_pretrained_gguf(out, transformers.AutoTokenizer.from_pretrained(merged), quantization_method="f16")
+"""
 
 
 def fetch_converter() -> Path:
@@ -62,7 +72,31 @@ def convert(folder: Path, target: Path, name: str = "model") -> Path:
         command = [sys.executable, str(script), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         if done.returncode or not work.is_file():
-            raise SlmError(f"{folder}: the GGUF converter stopped (exit code {done.returncode}): {last_words(done.stderr)}")
+            raise SlmError(f"{folder}: the GGUF converter stopped (exit code {done.returncode}): {_last_words(done.stderr)}")
+    return target
+
+
+def convert_by_unsloth(settings, merged: Path, target: Path) -> Path:
+    """Let Unsloth merge the run's adapter into its 16-bit base and convert it, with the tokenizer of `merged`; all or
+    nothing, nothing is fetched. Raises SlmError for a full fine-tune, or with Unsloth's last words."""
+    adapter = adapter_folder(settings)
+    if not (adapter / "adapter_config.json").is_file():
+        raise SlmError("export.converter unsloth takes a LoRA adapter; for a full fine-tune set llama_cpp.")
+    require_space(target.parent, 4 * weight_bytes(merged), "the GGUF by Unsloth (it merges in 32 bits)")
+    with whole(target) as work:
+        tools = Path(shutil.copytree(fetch_converter(), work.parent / "llama.cpp"))  # a copy: Unsloth edits it
+        for part in ("src", "ggml", "common"):  # what it takes a llama.cpp for; with a quantizer, which f16 does not use
+            (tools / part).mkdir()
+        quantizer = tools / "llama-quantize"
+        quantizer.write_text("#!/bin/sh\necho usage: none\n", encoding="utf-8")
+        quantizer.chmod(0o755)
+        env = os.environ | {"UNSLOTH_LLAMA_CPP_PATH": str(tools), "UNSLOTH_AUTO_INSTALL": "0", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", UNSLOTH, str(adapter), str(merged.resolve()), str(work.parent / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=work.parent, check=False)
+        made = [*work.parent.rglob("*.gguf")]
+        if done.returncode or len(made) != 1:
+            raise SlmError(f"Unsloth's GGUF export stopped ({_last_words(done.stderr)}); set export.converter: llama_cpp.")
+        os.replace(made[0], work)
     return target
 
 
@@ -80,14 +114,13 @@ def _download(package: str, folder: Path) -> Path:
     found = sorted(folder.glob("llama_cpp_python-*.tar.gz")) if folder.is_dir() else []
     if done.returncode or not found:
         raise SlmError(
-            f"the GGUF converter is not on this disk and {package} cannot be downloaded ({last_words(done.stderr)}); "
+            f"the GGUF converter is not on this disk and {package} cannot be downloaded ({_last_words(done.stderr)}); "
             "run `make setup` once with a network."
         )
     return found[0]
 
 
-def last_words(text: str) -> str:
-    """The end of what a program said before it stopped."""
+def _last_words(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " | ".join(lines[-3:]) or "no message"
 

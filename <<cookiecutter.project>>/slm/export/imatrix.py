@@ -1,6 +1,7 @@
 """How much training conversations use each input of each weight matrix: a quantizer that knows keeps those inputs exact."""
 
 import ctypes
+from collections import defaultdict
 from pathlib import Path
 
 from slm.errors import SlmError
@@ -8,7 +9,7 @@ from slm.models.llama_cpp import LlamaCppModel
 from slm.rows import read_rows
 from slm.train.encode import render
 
-ROWS = 96  # training rows, spread evenly; of the embedded model's 1,300 more gain nothing
+ROWS = 96  # training rows, spread evenly
 
 
 class _Tensor(ctypes.Structure):
@@ -21,31 +22,27 @@ class _Tensor(ctypes.Structure):
 
 
 def importance(settings, contract, f16: Path, merged: Path) -> dict[str, list[float]]:
-    """{tensor: mean square of each of its inputs} of the f16 file over prompts and answers of data/accepted/train.jsonl.
+    """{tensor: sum of squares of each of its inputs} of the f16 file over prompts and answers of data/accepted/train.jsonl.
     What the rows share, the system prompt, counts once. Raises SlmError where llama.cpp shows no matrix."""
     import numpy as np
     from llama_cpp import ggml_backend_sched_eval_callback
-    from llama_cpp._ggml import libggml
+    from llama_cpp._ggml import libggml as ggml
     from transformers import AutoTokenizer
 
-    libggml.ggml_op_desc.restype = libggml.ggml_get_name.restype = ctypes.c_char_p
-    sums, counts, rows = {}, {}, read_rows(settings.path("data/accepted/train.jsonl"))
+    ggml.ggml_op_desc.restype = ggml.ggml_get_name.restype = ctypes.c_char_p
+    ggml.ggml_op_desc.argtypes = ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
+    ggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    sums, rows = defaultdict(float), read_rows(settings.path("data/accepted/train.jsonl"))
 
     @ggml_backend_sched_eval_callback
-    def see(address, ask, _):
-        if libggml.ggml_op_desc(ctypes.c_void_p(address)) != b"MUL_MAT":
+    def see(address, ask, _):  # asked before a node is computed: is its result wanted? then once more with it
+        weight, inputs, *_ = _Tensor.from_address(address).src
+        if ggml.ggml_op_desc(address) != b"MUL_MAT" or not (name := ggml.ggml_get_name(weight)).endswith(b".weight"):
             return not ask
-        tensor = _Tensor.from_address(address)
-        name, inputs = libggml.ggml_get_name(ctypes.c_void_p(tensor.src[0])), _Tensor.from_address(tensor.src[1])
-        if not name.endswith(b".weight") or ask:
-            return True
-        found = np.empty(list(inputs.ne)[::-1], dtype=np.float32)
-        libggml.ggml_backend_tensor_get(
-            ctypes.c_void_p(tensor.src[1]), found.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(0), ctypes.c_size_t(found.nbytes)
-        )
-        found = found.reshape(-1, found.shape[-1])
-        sums[name.decode()] = sums.get(name.decode(), 0) + np.square(found, dtype=np.float64).sum(axis=0)
-        counts[name.decode()] = counts.get(name.decode(), 0) + len(found)
+        if not ask:
+            found = np.empty(_Tensor.from_address(inputs).ne[::-1], dtype=np.float32)
+            ggml.ggml_backend_tensor_get(inputs, found.ctypes.data, 0, found.nbytes)
+            sums[name.decode()] += np.square(found, dtype=np.float64).sum(axis=(0, 1, 2))
         return True
 
     tokenizer, model = AutoTokenizer.from_pretrained(merged), LlamaCppModel(f16)
@@ -58,4 +55,4 @@ def importance(settings, contract, f16: Path, merged: Path) -> dict[str, list[fl
         model.close()
     if not sums:
         raise SlmError(f"{f16}: llama.cpp showed none of its matrices; set export.imatrix: false.")
-    return {name: (total / counts[name]).tolist() for name, total in sums.items()}
+    return {name: total.tolist() for name, total in sums.items()}

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm.errors import SlmError
-from slm.export.convert import convert
+from slm.export.convert import convert, convert_by_unsloth
 from slm.export.files import require_space, weight_bytes, whole
 from slm.export.imatrix import importance
-from slm.export.unsloth_gguf import convert_by_unsloth
 
 SHARE = {"f16": 1.0, "q8_0": 0.54, "q5_k_m": 0.45, "q4_k_m": 0.42}  # of the f16 file, at most
 
@@ -48,10 +47,8 @@ def make_files(settings, merged: Path, contract=None) -> list[GgufFile]:
     for old in [*folder.glob("model-*.gguf"), folder / "Modelfile", folder / "export.json", folder / "checksums.txt"]:
         old.unlink(missing_ok=True)
     begin = time.perf_counter()
-    if settings.export.converter == "unsloth":
-        f16 = convert_by_unsloth(settings, merged, folder / "model-f16.gguf")
-    else:
-        f16 = convert(merged, folder / "model-f16.gguf", name=settings.project.name)
+    f16, by_unsloth = folder / "model-f16.gguf", settings.export.converter == "unsloth"
+    convert_by_unsloth(settings, merged, f16) if by_unsloth else convert(merged, f16, name=settings.project.name)
     files = [GgufFile("f16", f16, time.perf_counter() - begin, tensor_types(f16))]
     weights = importance(settings, contract, f16, merged) if settings.export.imatrix else None
     for quant in [q for q in quants if q != "f16"]:

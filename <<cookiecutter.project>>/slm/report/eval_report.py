@@ -85,12 +85,8 @@ def build(
             set: {r.name: failed_rows(r.scores, contract) for r in candidate if r.set == set} for set in compared
         },
     }  # fmt: skip
-    return judge(settings, report)
-
-
-def judge(settings, report: dict) -> dict:
-    """The report with its gates as they stand now: 08 writes the card after the report."""
-    return report | {"gates": [gate.model_dump() for gate in gates(settings, report)]}
+    report["gates"] = [gate.model_dump() for gate in gates(settings, report)]
+    return report
 
 
 def against(found: dict[str, Result], mine: str, contract: Contract, settings) -> dict[str, Comparison]:
