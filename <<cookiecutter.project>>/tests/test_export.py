@@ -327,6 +327,37 @@ def test_an_importance_matrix_brings_a_quant_nearer_at_the_same_size(project):
     assert make_files(made, merged, CONTRACT)[1].path.read_bytes() == aware.read_bytes()
 
 
+def test_unsloths_export_passes_the_same_proofs(project):
+    """Guards against a second way to a file that fetches a compiler at run time, or ships what is not proven."""
+    from slm.export.logits import prove_logits
+    from slm.export.quantize import make_files
+    from slm.export.tokens import prove_tokens
+    from slm.settings import load_settings
+
+    pytest.importorskip("unsloth_zoo", reason="Unsloth is not installed")
+    chosen = {"export.quants": ["f16", "q8_0"], "export.converter": "unsloth"}
+    settings = load_settings(start=project[0].root, run_id="u", overrides=chosen)
+    shutil.copytree(project[0].path("outputs/adapters/t"), settings.path("outputs/adapters/u"))
+    files = make_files(settings, project[1])
+    assert sorted(p.name for p in files[0].path.parent.iterdir()) == ["model-f16.gguf", "model-q8_0.gguf"]
+    assert [prove_tokens(project[1], file.path, chats()).prompts for file in files] == [200, 200]
+    proofs = {proof.file: proof for proof in prove_logits(settings, CONTRACT, ROWS, project[1], files)}
+    assert proofs["f16"].kl < 1e-4 and all(proof.holds for proof in proofs.values())
+
+
+def test_unsloths_refusal_is_one_sentence(project, monkeypatch, tmp_path):
+    """Guards against a traceback where Unsloth cannot export: no adapter, no Unsloth, a base that went away."""
+    from slm.export import convert
+
+    merged, adapter = project[1], project[0].path("outputs/adapters/t")
+    monkeypatch.setattr(convert, "UNSLOTH", "import sys; sys.exit('ImportError: no unsloth here')")
+    with pytest.raises(SlmError, match="Unsloth's export stopped .exit code 1.: ImportError: no unsloth here"):
+        convert.convert(merged, tmp_path / "out.gguf", adapter=adapter)
+    with pytest.raises(SlmError, match="takes a LoRA adapter; for a full fine-tune"):
+        convert.convert(merged, tmp_path / "out.gguf", adapter=merged)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_that_does_not_fit_is_refused_before_it_starts(project, monkeypatch):
     """Guards against an hour of merging before the disk is full; the arithmetic must meet the real checkpoint's size."""
     from slm.export import files
@@ -369,7 +400,8 @@ def test_the_same_ids_are_not_asked_twice():
 
     runtime, known = Runtime(), {}
     prompts = [Prompt([{"role": "user", "content": text}]) for text in ("same", "other")]
-    found = [[a.text for a in RenderedPrompts(runtime, Tokenizer(), way, known).answer(prompts)] for way in (IDS, TEXT, MESSAGES)]
+    ways = [RenderedPrompts(runtime, Tokenizer(), way, known) for way in (IDS, TEXT, MESSAGES)]
+    found = [[answer.text for answer in way.answer(prompts)] for way in ways]
     assert found == [["[1, 2]", "[1, 2]"], ["[1, 2]", "[9]"], ["[7]", "[9]"]]
     assert runtime.asked == 3
 

@@ -14,7 +14,6 @@ from filelock import FileLock
 
 from slm.errors import SlmError
 from slm.export.files import require_space, weight_bytes, whole
-from slm.export.merge import adapter_folder
 from slm.models.embedded import cache_home
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -61,41 +60,34 @@ def extract(archive: Path, target: Path) -> Path:
     return target
 
 
-def convert(folder: Path, target: Path, name: str = "model") -> Path:
-    """Convert a merged checkpoint to an f16 GGUF, all or nothing. Raises SlmError with the converter's last words."""
-    script = fetch_converter() / SCRIPT
-    require_space(target.parent, int(weight_bytes(folder) * 1.1), "the f16 GGUF")
+def convert(folder: Path, target: Path, name: str = "model", adapter: Path | None = None) -> Path:
+    """Convert a merged checkpoint to an f16 GGUF, all or nothing. With an `adapter`, Unsloth merges that into its 16-bit
+    base by itself and converts, with the tokenizer of `folder`; nothing is fetched. Raises SlmError with the last words
+    of either."""
+    if adapter and not (adapter / "adapter_config.json").is_file():
+        raise SlmError("export.converter unsloth takes a LoRA adapter; for a full fine-tune set llama_cpp.")
+    home, who = fetch_converter(), "Unsloth's export" if adapter else "the GGUF converter"
+    share = 4 if adapter else 1.1  # Unsloth merges in 32 bits
+    require_space(target.parent, int(weight_bytes(folder) * share), "the f16 GGUF")
     env = {k: v for k, v in os.environ.items() if k not in ("NO_LOCAL_GGUF", "PYTHONPATH")}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with whole(target) as work:
-        name += " (phi-3 tokens)" if _swallows_space(folder) else ""
-        command = [sys.executable, str(script), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-        if done.returncode or not work.is_file():
-            raise SlmError(f"{folder}: the GGUF converter stopped (exit code {done.returncode}): {_last_words(done.stderr)}")
-    return target
-
-
-def convert_by_unsloth(settings, merged: Path, target: Path) -> Path:
-    """Let Unsloth merge the run's adapter into its 16-bit base and convert it, with the tokenizer of `merged`; all or
-    nothing, nothing is fetched. Raises SlmError for a full fine-tune, or with Unsloth's last words."""
-    adapter = adapter_folder(settings)
-    if not (adapter / "adapter_config.json").is_file():
-        raise SlmError("export.converter unsloth takes a LoRA adapter; for a full fine-tune set llama_cpp.")
-    require_space(target.parent, 4 * weight_bytes(merged), "the GGUF by Unsloth (it merges in 32 bits)")
-    with whole(target) as work:
-        tools = Path(shutil.copytree(fetch_converter(), work.parent / "llama.cpp"))  # a copy: Unsloth edits it
-        for part in ("src", "ggml", "common"):  # what it takes a llama.cpp for; with a quantizer, which f16 does not use
-            (tools / part).mkdir()
-        quantizer = tools / "llama-quantize"
-        quantizer.write_text("#!/bin/sh\necho usage: none\n", encoding="utf-8")
-        quantizer.chmod(0o755)
-        env = os.environ | {"UNSLOTH_LLAMA_CPP_PATH": str(tools), "UNSLOTH_AUTO_INSTALL": "0", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", UNSLOTH, str(adapter), str(merged.resolve()), str(work.parent / "out")]
+        if adapter:
+            tools = shutil.copytree(home, work.parent / "llama.cpp")  # a copy: it edits the converter
+            for part in ("src", "ggml", "common"):  # what it knows a llama.cpp by, with a quantizer, which f16 needs not
+                (tools / part).mkdir()
+            (tools / "llama-quantize").write_text("#!/bin/sh\necho usage: none\n", encoding="utf-8")
+            (tools / "llama-quantize").chmod(0o755)
+            env |= {"UNSLOTH_LLAMA_CPP_PATH": str(tools), "UNSLOTH_AUTO_INSTALL": "0"}
+            command = ["-c", UNSLOTH, str(adapter), str(folder), str(work.parent / "out")]
+        else:
+            name += " (phi-3 tokens)" if _swallows_space(folder) else ""
+            command = [str(home / SCRIPT), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]
+        command.insert(0, sys.executable)
         done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=work.parent, check=False)
         made = [*work.parent.rglob("*.gguf")]
         if done.returncode or len(made) != 1:
-            raise SlmError(f"Unsloth's GGUF export stopped ({_last_words(done.stderr)}); set export.converter: llama_cpp.")
+            raise SlmError(f"{folder}: {who} stopped (exit code {done.returncode}): {_last_words(done.stderr)}")
         os.replace(made[0], work)
     return target
 

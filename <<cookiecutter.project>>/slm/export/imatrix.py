@@ -1,4 +1,4 @@
-"""How much training conversations use each input of each weight matrix: a quantizer that knows keeps those inputs exact."""
+"""How much training rows use each input of each weight matrix: a quantizer that knows that keeps those inputs exact."""
 
 import ctypes
 from collections import defaultdict
@@ -22,8 +22,8 @@ class _Tensor(ctypes.Structure):
 
 
 def importance(settings, contract, f16: Path, merged: Path) -> dict[str, list[float]]:
-    """{tensor: sum of squares of each of its inputs} of the f16 file over prompts and answers of data/accepted/train.jsonl.
-    What the rows share, the system prompt, counts once. Raises SlmError where llama.cpp shows no matrix."""
+    """{tensor: sum of squares of each of its inputs} of the f16 file over prompts and answers of the training rows. What
+    the rows share, the system prompt, counts once. Raises SlmError where llama.cpp shows no matrix."""
     import numpy as np
     from llama_cpp import ggml_backend_sched_eval_callback
     from llama_cpp._ggml import libggml as ggml
@@ -47,12 +47,10 @@ def importance(settings, contract, f16: Path, merged: Path) -> dict[str, list[fl
 
     tokenizer, model = AutoTokenizer.from_pretrained(merged), LlamaCppModel(f16)
     model.llama.context_params.cb_eval = see
-    try:
-        for row in rows[:: max(1, len(rows) // ROWS)][:ROWS]:
-            ids = tokenizer(render(tokenizer, contract.messages(row)), add_special_tokens=False)["input_ids"]
-            model.logits(ids, [len(ids) - 1])
-    finally:
-        model.close()
+    for row in rows[:: max(1, len(rows) // ROWS)][:ROWS]:
+        ids = tokenizer(render(tokenizer, contract.messages(row)), add_special_tokens=False)["input_ids"]
+        model.logits(ids, [len(ids) - 1])
+    model.close()
     if not sums:
         raise SlmError(f"{f16}: llama.cpp showed none of its matrices; set export.imatrix: false.")
     return {name: total.tolist() for name, total in sums.items()}

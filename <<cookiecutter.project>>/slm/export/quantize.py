@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm.errors import SlmError
-from slm.export.convert import convert, convert_by_unsloth
+from slm.export.convert import convert
 from slm.export.files import require_space, weight_bytes, whole
 from slm.export.imatrix import importance
+from slm.export.merge import adapter_folder
 
 SHARE = {"f16": 1.0, "q8_0": 0.54, "q5_k_m": 0.45, "q4_k_m": 0.42}  # of the f16 file, at most
 
@@ -47,8 +48,8 @@ def make_files(settings, merged: Path, contract=None) -> list[GgufFile]:
     for old in [*folder.glob("model-*.gguf"), folder / "Modelfile", folder / "export.json", folder / "checksums.txt"]:
         old.unlink(missing_ok=True)
     begin = time.perf_counter()
-    f16, by_unsloth = folder / "model-f16.gguf", settings.export.converter == "unsloth"
-    convert_by_unsloth(settings, merged, f16) if by_unsloth else convert(merged, f16, name=settings.project.name)
+    adapter = adapter_folder(settings) if settings.export.converter == "unsloth" else None
+    f16 = convert(merged, folder / "model-f16.gguf", name=settings.project.name, adapter=adapter)
     files = [GgufFile("f16", f16, time.perf_counter() - begin, tensor_types(f16))]
     weights = importance(settings, contract, f16, merged) if settings.export.imatrix else None
     for quant in [q for q in quants if q != "f16"]:
@@ -59,7 +60,7 @@ def make_files(settings, merged: Path, contract=None) -> list[GgufFile]:
 
 
 def quantize(source: Path, target: Path, quant: str, importance: dict[str, list[float]] | None = None) -> Path:
-    """Quantize an f16 GGUF, all or nothing, by `importance` where it is given. Raises SlmError when llama.cpp refuses."""
+    """Quantize an f16 GGUF, all or nothing, by `importance` where given. Raises SlmError when llama.cpp refuses."""
     import llama_cpp
 
     # One line per tensor that falls back; `tensor_types` says the same in one record.

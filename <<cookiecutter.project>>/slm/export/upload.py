@@ -43,8 +43,8 @@ def send(files: dict[str, Path | bytes], repo: str, public: bool = False) -> str
     try:
         url = api.create_repo(repo, private=not public, exist_ok=True)
         if api.repo_info(repo).private is public:
-            fix = "leave out --public" if public else "add --public"
-            raise SlmError(f"{url}: is {'private' if public else 'public'} already; {fix}, or name another. Nothing was sent.")
+            found, fix = ("private", "leave out --public") if public else ("public", "add --public")
+            raise SlmError(f"{url}: is {found} already; {fix}, or name another. Nothing was sent.")
         api.create_commit(repo, parts, commit_message="Model with its card, proofs and client")
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise SlmError(f"{repo}: the Hub refuses: {str(error).strip().splitlines()[0]}") from None
