@@ -67,7 +67,8 @@ def stage(name: str, project: Path, run: str, profile: str) -> dict:
         aware = [quantize.quantize(paths[0], project / f"aware-{quant}.gguf", quant, weights) for quant in QUANTS[2:]]
         found = {"seconds": took, "tensors": len(weights), **near(logits, contract, [*golden, *dev], merged, paths, aware)}
     elif name == "unsloth":
-        made = quantize.convert(merged, project / "unsloth-f16.gguf", adapter=settings.path(f"outputs/adapters/{run}"))
+        own = {"adapter": merge.adapter_folder(settings), "base": merge.base_folder(settings)}
+        made = quantize.convert(merged, project / "unsloth-f16.gguf", **own)
         took = round(time.perf_counter() - begin, 1)
         chats = tokens.conversations(contract, [*golden, *dev])[-200:]
         found = {"seconds": took, "prompts": tokens.prove_tokens(merged, made, chats).prompts,

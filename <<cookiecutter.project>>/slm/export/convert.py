@@ -15,6 +15,7 @@ from filelock import FileLock
 from slm.errors import SlmError
 from slm.export.files import require_space, weight_bytes, whole
 from slm.models.embedded import cache_home
+from slm.rows import write_json
 
 SCRIPT = "convert_hf_to_gguf.py"
 PARTS = (SCRIPT, "conversion/", "gguf-py/gguf/", "LICENSE")
@@ -60,10 +61,12 @@ def extract(archive: Path, target: Path) -> Path:
     return target
 
 
-def convert(folder: Path, target: Path, name: str = "model", adapter: Path | None = None) -> Path:
-    """Convert a merged checkpoint to an f16 GGUF, all or nothing. With an `adapter`, Unsloth merges that into its 16-bit
-    base by itself and converts, with the tokenizer of `folder`; nothing is fetched. Raises SlmError with the last words
-    of either."""
+def convert(
+    folder: Path, target: Path, name: str = "model", adapter: Path | None = None, base: Path | None = None
+) -> Path:  # fmt: skip
+    """Convert a merged checkpoint to an f16 GGUF, all or nothing. With an `adapter`, Unsloth merges that into the 16-bit
+    `base` by itself and converts, with the tokenizer of `folder`; nothing is fetched. Raises SlmError with the last
+    words of either."""
     if adapter and not (adapter / "adapter_config.json").is_file():
         raise SlmError("export.converter unsloth takes a LoRA adapter; for a full fine-tune set llama_cpp.")
     home, who = fetch_converter(), "Unsloth's export" if adapter else "the GGUF converter"
@@ -79,7 +82,10 @@ def convert(folder: Path, target: Path, name: str = "model", adapter: Path | Non
             (tools / "llama-quantize").write_text("#!/bin/sh\necho usage: none\n", encoding="utf-8")
             (tools / "llama-quantize").chmod(0o755)
             env |= {"UNSLOTH_LLAMA_CPP_PATH": str(tools), "UNSLOTH_AUTO_INSTALL": "0"}
-            command = ["-c", UNSLOTH, str(adapter), str(folder), str(work.parent / "out")]
+            own = shutil.copytree(adapter, work.parent / "adapter", ignore=shutil.ignore_patterns("checkpoints"))
+            config = json.loads((own / "adapter_config.json").read_text(encoding="utf-8"))  # may name another machine's base
+            write_json(own / "adapter_config.json", config | {"base_model_name_or_path": str(base)})
+            command = ["-c", UNSLOTH, str(own), str(folder), str(work.parent / "out")]
         else:
             name += " (phi-3 tokens)" if _swallows_space(folder) else ""
             command = [str(home / SCRIPT), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]

@@ -13,8 +13,15 @@ from slm.export.convert import convert
 from slm.export.files import require_space, weight_bytes, whole
 from slm.export.imatrix import importance
 from slm.export.merge import adapter_folder
+from slm.models import base_folder
 
 SHARE = {"f16": 1.0, "q8_0": 0.54, "q5_k_m": 0.45, "q4_k_m": 0.42}  # of the f16 file, at most
+
+
+class _HeadOnly(ctypes.Structure):
+    """llama.cpp's `struct gguf_init_params` (gguf.h)."""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p)]
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ def make_files(settings, merged: Path, contract=None) -> list[GgufFile]:
     for old in [*folder.glob("model-*.gguf"), folder / "Modelfile", folder / "export.json", folder / "checksums.txt"]:
         old.unlink(missing_ok=True)
     begin = time.perf_counter()
-    adapter = adapter_folder(settings) if settings.export.converter == "unsloth" else None
-    f16 = convert(merged, folder / "model-f16.gguf", name=settings.project.name, adapter=adapter)
+    own = {"adapter": adapter_folder(settings), "base": base_folder(settings)} if settings.export.converter == "unsloth" else {}
+    f16 = convert(merged, folder / "model-f16.gguf", name=settings.project.name, **own)
     files = [GgufFile("f16", f16, time.perf_counter() - begin, tensor_types(f16))]
     weights = importance(settings, contract, f16, merged) if settings.export.imatrix else None
     for quant in [q for q in quants if q != "f16"]:
@@ -81,6 +88,13 @@ def quantize(source: Path, target: Path, quant: str, importance: dict[str, list[
 
 def tensor_types(file: Path) -> dict[str, int]:
     """How many tensors of a GGUF have which type: tells how many fell back where a width is no multiple of 256."""
-    from gguf import GGUFReader
+    from llama_cpp._ggml import libggml as ggml
 
-    return dict(Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors).most_common())
+    ggml.gguf_init_from_file.restype, ggml.ggml_type_name.restype = ctypes.c_void_p, ctypes.c_char_p
+    head = ctypes.c_void_p(ggml.gguf_init_from_file(str(file).encode(), _HeadOnly(True, None)))
+    if not head:
+        raise SlmError(f"{file}: llama.cpp cannot read it; make it again.")
+    number = range(ggml.gguf_get_n_tensors(head))
+    names = [ggml.ggml_type_name(ggml.gguf_get_tensor_type(head, ctypes.c_int64(n))).decode().upper() for n in number]
+    ggml.gguf_free(head)
+    return dict(Counter(names).most_common())
