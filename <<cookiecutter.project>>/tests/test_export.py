@@ -388,10 +388,9 @@ def test_the_same_ids_are_not_asked_twice():
         name, fingerprint, asked = "f16", "x", 0
 
         def tokenize(self, text):
+            if isinstance(text, list):  # messages
+                return [7] if text[0]["content"] == "same" else [9]
             return [1, 2] if text == "same" else [9]
-
-        def prompt_ids(self, messages):
-            return [7] if messages[0]["content"] == "same" else [9]
 
         def answer_ids(self, prompts, max_tokens):
             self.asked += len(prompts)

@@ -66,13 +66,11 @@ class RenderedPrompts:
 
     def answer(self, prompts):
         """One answer per prompt, in order; all prompts have the same `max_tokens`."""
-        texts = [render(self._tokenizer, prompt.messages, add_generation_prompt=True) for prompt in prompts]
-        if self._way == MESSAGES:
-            keys = [tuple(self._model.prompt_ids(prompt.messages)) for prompt in prompts]
-        elif self._way == IDS:
-            keys = list(map(tuple, self._tokenizer(texts, add_special_tokens=False)["input_ids"]))
-        else:
-            keys = [tuple(self._model.tokenize(text)) for text in texts]
+        asked = [prompt.messages for prompt in prompts]
+        if self._way != MESSAGES:
+            asked = [render(self._tokenizer, messages, add_generation_prompt=True) for messages in asked]
+        trained = self._tokenizer(asked, add_special_tokens=False)["input_ids"] if self._way == IDS else ()
+        keys = list(map(tuple, trained or map(self._model.tokenize, asked)))
         new = [key for key in dict.fromkeys(keys) if key not in self._known]
         self._known.update(zip(new, self._model.answer_ids(list(map(list, new)), prompts[0].max_tokens), strict=True))
         return [self._known[key] for key in keys]

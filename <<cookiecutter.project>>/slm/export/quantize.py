@@ -48,8 +48,6 @@ def make_files(settings, merged: Path, contract=None) -> list[GgufFile]:
     """Convert the merged model and quantize it to `export.quants`; files of an earlier export of this run are replaced.
     `contract` is needed for `export.imatrix` alone: it renders the training rows."""
     folder, quants = gguf_folder(settings), settings.export.quants
-    if not quants:
-        raise SlmError("export.quants is empty; name at least one of f16, q8_0, q5_k_m, q4_k_m.")
     share = sum(SHARE[quant] for quant in {"f16", *quants})
     require_space(folder, int(share * weight_bytes(merged) * 1.1), "the GGUF files")
     for old in [*folder.glob("model-*.gguf"), folder / "Modelfile", folder / "export.json", folder / "checksums.txt"]:
