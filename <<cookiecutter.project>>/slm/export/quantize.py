@@ -53,8 +53,8 @@ def make_files(settings, merged: Path, contract=None) -> list[GgufFile]:
     for old in [*folder.glob("model-*.gguf"), folder / "Modelfile", folder / "export.json", folder / "checksums.txt"]:
         old.unlink(missing_ok=True)
     begin = time.perf_counter()
-    own = {"adapter": adapter_folder(settings), "base": base_folder(settings)} if settings.export.converter == "unsloth" else {}
-    f16 = convert(merged, folder / "model-f16.gguf", name=settings.project.name, **own)
+    own = settings.export.converter == "unsloth" and {"adapter": adapter_folder(settings), "base": base_folder(settings)}
+    f16 = convert(merged, folder / "model-f16.gguf", name=settings.project.name, **(own or {}))
     files = [GgufFile("f16", f16, time.perf_counter() - begin, tensor_types(f16))]
     weights = importance(settings, contract, f16, merged) if settings.export.imatrix else None
     for quant in [q for q in quants if q != "f16"]:
