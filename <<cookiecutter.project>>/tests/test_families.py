@@ -86,7 +86,6 @@ def test_a_family_passes_every_proof(exported, name):
         got = torch.tensor(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),)).copy()).log_softmax(-1).numpy()
         kl = float((np.exp(wanted) * (wanted - got[: len(wanted)])).sum())
         assert abs(kl) < most, (file.name, kl)
-        print(name, file.name, f"{kl:.2g}")
         llama.close()
 
 
