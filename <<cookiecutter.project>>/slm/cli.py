@@ -117,6 +117,26 @@ def release(run_id: str, profile: Profile = "default", config: Config = "project
 
 
 @app.command()
+def upload(
+    run_id: str, repo: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody; else private.")] = False,
+    unreleased: Annotated[bool, typer.Option("--unreleased", help="Also a run that was not released.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False, config: Config = "project.yaml",
+) -> None:  # fmt: skip
+    """Send a released run's bundle to the Hugging Face Hub, after showing what; the token comes from HF_TOKEN."""
+    from slm.export import upload as uploads
+
+    settings = load_settings(config, "default", {}, run_id)
+    files = uploads.collect(settings, run_id, unreleased)
+    sizes = {name: (len(f) if isinstance(f, bytes) else f.stat().st_size) / 1e6 for name, f in files.items()}
+    print(*[f"{size:10,.2f} MB  {name}" for name, size in {**sizes, "in all": sum(sizes.values())}.items()], sep="\n")
+    print(f"run {run_id} to {repo}, {'PUBLIC' if public else 'private'}; licence of the base: {settings.model.license}")
+    if not yes and typer.prompt("Type the repository's name to send it", default="", show_default=False) != repo:
+        raise SlmError("not confirmed; nothing was sent.")
+    print(f"Sent: {uploads.send(files, repo, public)}")
+
+
+@app.command()
 def compare(run_a: str, run_b: str, config: Config = "project.yaml") -> None:
     """Run B against run A, paired on every set that both answered; refused where rows, sets or contract differ."""
     from slm.report import compare as comparison

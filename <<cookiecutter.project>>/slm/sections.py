@@ -212,7 +212,9 @@ class Divergence(Section):
 class Export(Section):
     """Merge, convert, quantize, prove (08)."""
 
-    quants: list[Literal["f16", "q8_0", "q5_k_m", "q4_k_m"]] = ["f16", "q8_0", "q5_k_m", "q4_k_m"]
+    quants: list[Literal["f16", "q8_0", "q5_k_m", "q4_k_m"]] = Field(["f16", "q8_0", "q5_k_m", "q4_k_m"], min_length=1)
+    converter: Literal["llama_cpp", "unsloth"] = "llama_cpp"  # who makes the f16 file; unsloth: from a LoRA adapter
+    imatrix: bool = False  # quantize by how much training rows use each weight: nearer next tokens, same size
     tolerance: float = Field(0.025, ge=0, le=1)  # share of golden and dev rows (one at least) that a file may lose
     margin: float = Field(0.1, ge=0, le=1)  # how far below the adapter the interval of the difference may reach
     logit_prompts: int = Field(32, ge=1)  # golden rows whose next tokens are compared

@@ -132,13 +132,13 @@ def make_tokenizer(family: Family, folder: Path):
 
 
 def make_model(family: Family, folder: Path) -> Path:
-    """Write a two-layer model with random weights and the family's tokenizer to `folder`."""
+    """Write a two-layer model with random weights and the family's tokenizer to `folder`; wide enough for k-quants."""
     import torch
     import transformers
 
     tokenizer = make_tokenizer(family, folder)
     config = getattr(transformers, family.config)(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, **dict(family.extra),
     )  # fmt: skip

@@ -116,6 +116,24 @@ def test_a_real_server_answers_in_the_contracts_terms(client, folder, url):
     assert done.returncode == 0 and "as trained" in done.stdout, done.stderr
 
 
+def test_golden_rows_score_the_same_through_server_and_client_as_in_process(client, project, url):
+    """Guards against a server that answers well-formed and otherwise than the file that was proven."""
+    from slm.evaluate.scorers import answer_rows
+    from slm.models.llama_cpp import LlamaCppModel
+    from slm.models.program import ProgramModel
+    from slm.rows import make_row
+    from test_export import ROWS
+
+    contract = client.load() | {"url": url}
+    rows = [make_row(r.user, SHORT.dump({"colour": "blue", "sure": True}), id=r.id, category="x") for r in ROWS]
+    served = ProgramModel("client", lambda text: json.dumps(client.ask(contract, text)))
+    model = LlamaCppModel(project[2][0].path, repeat_penalty=1.05)
+    here, there = (answer_rows(m, rows, SHORT, 48, schema=SHORT.schema) for m in (model, served))
+    model.close()
+    assert [s.parsed for s in there] == [s.parsed for s in here] and all(s.parsed for s in there)
+    assert [s.value for s in there] == [s.value for s in here]
+
+
 def test_another_system_prompt_at_the_server_is_named(client, url):
     """Guards against garbage answers from a server that renders another prompt than training did."""
     with pytest.raises(client.ClientError, match="another chat template, system prompt"):

@@ -1,5 +1,7 @@
 """Export: a real merge, conversion, quantization and llama.cpp answers with the tiny model; planted faults are caught."""
 
+import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -259,6 +261,109 @@ def test_a_killed_export_leaves_no_half_file_and_its_rest_goes_with_the_next(tmp
     assert (target if kind == "file" else target / "part").read_text() == "two"
 
 
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+import llama_cpp
+from slm.export.quantize import make_files
+from slm.settings import load_settings
+
+def half(source, target, options):
+    Path(target.decode()).write_bytes(Path(source.decode()).read_bytes()[:1000])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+llama_cpp.llama_model_quantize = half
+settings = load_settings(start=Path(sys.argv[1]), run_id="k", overrides={"export.quants": ["f16", "q8_0"]})
+make_files(settings, Path(sys.argv[2]))
+"""
+
+
+def test_an_export_killed_while_it_quantizes_starts_again_cleanly(project):
+    """Guards against a truncated quant, or an earlier export's proof and checksums, beside files that they do not describe."""
+    import subprocess
+    import sys
+
+    from slm.export.quantize import gguf_folder, make_files
+    from slm.rows import write_text
+    from slm.settings import load_settings
+
+    settings = load_settings(start=project[0].root, run_id="k", overrides={"export.quants": ["f16", "q8_0"]})
+    folder, old = gguf_folder(settings), ("model-q8_0.gguf", "export.json", "checksums.txt", "Modelfile")
+    for name in old:
+        write_text(folder / name, "of an earlier export")
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(settings.root), str(project[1])], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr.decode()[-1000:]
+    assert not [name for name in old if (folder / name).exists()]
+    assert (folder / "model-f16.gguf").read_bytes() == project[2][0].path.read_bytes()
+    files = make_files(settings, project[1])
+    assert sorted(p.name for p in folder.iterdir()) == ["model-f16.gguf", "model-q8_0.gguf"]
+    assert files[1].path.read_bytes() == project[2][1].path.read_bytes()
+
+
+def test_an_importance_matrix_keeps_what_is_used_at_the_same_size(project):
+    """Guards against a matrix that llama.cpp ignores, or one of other tensors: each matrix of the model must be in it."""
+    import numpy as np
+    from gguf import GGUFReader, dequantize
+
+    from slm.export.imatrix import importance
+    from slm.export.quantize import make_files, quantize
+    from slm.settings import load_settings
+
+    settings, merged, (f16, _) = project
+    write_rows(settings.path("data/accepted/train.jsonl"), ROWS)
+    weights = importance(settings, CONTRACT, f16.path, merged)
+    kinds = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    assert {f"blk.{n}.{kind}.weight" for n in range(2) for kind in kinds} <= {*weights}
+    assert all(min(values) >= 0 < max(values) for values in weights.values())
+    folder = f16.path.parent / "imatrix"
+    plain, aware = (quantize(f16.path, folder / f"{n}.gguf", "q4_k_m", w) for n, w in (("plain", None), ("aware", weights)))
+    assert plain.stat().st_size == aware.stat().st_size
+
+    def tensors(path):
+        found = {t.name: dequantize(t.data, t.tensor_type).astype(np.float64) for t in GGUFReader(path).tensors}
+        return {name: found[name] for name in weights}
+
+    exact = tensors(f16.path)
+    lost = [sum((weights[n] * (t - exact[n]) ** 2).sum() for n, t in tensors(p).items()) for p in (aware, plain)]
+    assert 0 < lost[0] < 0.95 * lost[1], lost
+    made = load_settings(start=settings.root, run_id="i", overrides={"export.quants": ["q4_k_m"], "export.imatrix": True})
+    assert make_files(made, merged, CONTRACT)[1].path.read_bytes() == aware.read_bytes()
+
+
+def test_unsloths_export_passes_the_same_proofs(project):
+    """Guards against a second way to a file that fetches a compiler at run time, or ships what is not proven."""
+    from slm.export.logits import prove_logits
+    from slm.export.quantize import make_files
+    from slm.export.tokens import prove_tokens
+    from slm.settings import load_settings
+
+    if not importlib.util.find_spec("unsloth"):
+        pytest.skip("Unsloth is not installed")
+    chosen = {"export.quants": ["f16", "q8_0"], "export.converter": "unsloth"}
+    settings = load_settings(start=project[0].root, run_id="u", overrides=chosen)
+    own = Path(shutil.copytree(project[0].path("outputs/adapters/t"), settings.path("outputs/adapters/u")))
+    config = json.loads((own / "adapter_config.json").read_text())
+    write_json(own / "adapter_config.json", config | {"base_model_name_or_path": "/of/another/machine"})
+    files = make_files(settings, project[1])
+    assert sorted(p.name for p in files[0].path.parent.iterdir()) == ["model-f16.gguf", "model-q8_0.gguf"]
+    assert [prove_tokens(project[1], file.path, chats()).prompts for file in files] == [200, 200]
+    proofs = {proof.file: proof for proof in prove_logits(settings, CONTRACT, ROWS, project[1], files)}
+    assert proofs["f16"].kl < 1e-4 and all(proof.holds for proof in proofs.values())
+
+
+def test_unsloths_refusal_is_one_sentence(project, monkeypatch, tmp_path):
+    """Guards against a traceback where Unsloth cannot export: no adapter, no Unsloth, a base that went away."""
+    from slm.export import convert
+
+    merged, adapter = project[1], project[0].path("outputs/adapters/t")
+    monkeypatch.setattr(convert, "UNSLOTH", "import sys; sys.exit('ImportError: no unsloth here')")
+    with pytest.raises(SlmError, match="Unsloth's export stopped .exit code 1.: ImportError: no unsloth here"):
+        convert.convert(merged, tmp_path / "out.gguf", adapter=adapter)
+    with pytest.raises(SlmError, match="takes a LoRA adapter; for a full fine-tune"):
+        convert.convert(merged, tmp_path / "out.gguf", adapter=merged)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_that_does_not_fit_is_refused_before_it_starts(project, monkeypatch):
     """Guards against an hour of merging before the disk is full; the arithmetic must meet the real checkpoint's size."""
     from slm.export import files
@@ -275,14 +380,16 @@ def test_an_export_that_does_not_fit_is_refused_before_it_starts(project, monkey
 
 
 def test_the_same_ids_are_not_asked_twice():
-    """Guards against paying for path B where it is path A, and against skipping it where the file reads other ids."""
-    from slm.export.parity import RenderedPrompts
+    """Guards against paying for paths B and C where they are path A, and against skipping one that reads other ids."""
+    from slm.export.parity import IDS, MESSAGES, TEXT, RenderedPrompts
     from slm.models import Answer, Prompt
 
     class Runtime:
         name, fingerprint, asked = "f16", "x", 0
 
         def tokenize(self, text):
+            if isinstance(text, list):  # messages
+                return [7] if text[0]["content"] == "same" else [9]
             return [1, 2] if text == "same" else [9]
 
         def answer_ids(self, prompts, max_tokens):
@@ -298,10 +405,10 @@ def test_the_same_ids_are_not_asked_twice():
 
     runtime, known = Runtime(), {}
     prompts = [Prompt([{"role": "user", "content": text}]) for text in ("same", "other")]
-    ids = RenderedPrompts(runtime, Tokenizer(), True, known).answer(prompts)
-    text = RenderedPrompts(runtime, Tokenizer(), False, known).answer(prompts)
-    assert [a.text for a in ids] == ["[1, 2]", "[1, 2]"] and [a.text for a in text] == ["[1, 2]", "[9]"]
-    assert runtime.asked == 2
+    ways = [RenderedPrompts(runtime, Tokenizer(), way, known) for way in (IDS, TEXT, MESSAGES)]
+    found = [[answer.text for answer in way.answer(prompts)] for way in ways]
+    assert found == [["[1, 2]", "[1, 2]"], ["[1, 2]", "[9]"], ["[7]", "[9]"]]
+    assert runtime.asked == 3
 
 
 def test_three_paths_through_the_f16_file_agree(scored):

@@ -11,16 +11,17 @@ from test_export import CONTRACT, ROWS
 from slm.errors import SlmError
 from slm.export import convert, modelfile
 from slm.export.merge import merge_folders, read_ends
-from slm.export.quantize import quantize
+from slm.export.quantize import quantize, tensor_types
 from slm.export.tokens import conversations, prove_tokens
 from slm.settings import Settings
 
 pytestmark = pytest.mark.slow
+QUANTS = {"q8_0": 0.02, "q5_k_m": 0.05, "q4_k_m": 0.1}  # how far next tokens may lie from the merged model's, in nats
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A function from a family's name to its base, merged folder and files (f16, q8_0), each made once."""
+    """A function from a family's name to its base, merged folder and files (f16, then QUANTS), each made once."""
     pytest.importorskip("llama_cpp")
     import torch
     from peft import LoraConfig, get_peft_model
@@ -37,7 +38,7 @@ def exported(tmp_path_factory):
             get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder / "adapter")
             merge_folders(base, folder / "adapter", folder / "merged")
             f16 = to_gguf(name, folder / "merged", folder / "model-f16.gguf")
-            made[name] = base, folder / "merged", f16, quantize(f16, folder / "model-q8_0.gguf", "q8_0")
+            made[name] = base, folder / "merged", f16, *(quantize(f16, folder / f"model-{q}.gguf", q) for q in QUANTS)
         return made[name]
 
     def to_gguf(name: str, merged: Path, target: Path) -> Path:
@@ -65,7 +66,7 @@ def test_a_family_passes_every_proof(exported, name):
 
     family, (base, merged, *files) = FAMILIES[name], exported(name)
     assert read_ends(base) == read_ends(merged)
-    for file in files:
+    for file in (files[0], files[-1]):  # a quantizer copies the vocabulary
         proof = prove_tokens(merged, file, chats())
         assert proof.prompts == 200 and proof.bos == ("exactly one" if family.bos else "none")
         assert set(proof.stops.split()) == set(family.ends) and proof.text == ("NFC" if name == "qwen3" else "any")
@@ -77,7 +78,9 @@ def test_a_family_passes_every_proof(exported, name):
     ids = tokenizer(tokenizer.apply_chat_template(chats()[0], tokenize=False, add_generation_prompt=True), add_special_tokens=False)
     with torch.inference_mode():
         wanted = model(torch.tensor([ids["input_ids"]])).logits[0, -1].log_softmax(-1).numpy()
-    for file, most in zip(files, (1e-3, 2e-2), strict=True):
+    sizes, types = [file.stat().st_size for file in files], [{*tensor_types(file)} for file in files]
+    assert sizes == sorted(sizes, reverse=True) and "Q5_K" in types[2] and "Q4_K" in types[3]  # what the width allows
+    for file, most in zip(files, (1e-3, *QUANTS.values()), strict=True):
         llama = llama_cpp.Llama(str(file), n_ctx=512, verbose=False, n_threads=1)
         llama.eval(ids["input_ids"])
         got = torch.tensor(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),)).copy()).log_softmax(-1).numpy()

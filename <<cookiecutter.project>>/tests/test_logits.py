@@ -77,6 +77,24 @@ def test_files_of_other_weights_are_named(project, tmp_path):
         assert cause.startswith("weights: ") and "other or changed weights" in cause
 
 
+def test_a_quant_that_is_too_coarse_is_named_and_not_chosen(project, tmp_path):
+    """Guards against two bits under the name of eight: same tokens, valid file, other model."""
+    from slm.export.parity import choose, fit
+    from slm.export.quantize import quantize
+    from slm.settings import Settings
+    from test_export import SETTINGS, fake
+
+    f16, q8 = project[2]
+    coarse = replace(q8, path=quantize(f16.path, tmp_path / "model-q8_0.gguf", "q2_k"))
+    good, bad = (proofs(project, files=[f16, one])["q8_0"] for one in (q8, coarse))
+    assert bad.kl > 20 * good.kl
+    logits = [replace(proof, most=3 * good.kl) for proof in (good, bad)]  # random weights: nearly even distributions
+    assert [proof.holds for proof in logits] == [True, False]
+    settings, small = Settings(**SETTINGS, export={"margin": 0.5}), fake(name="q8_0", size=10)
+    assert fit(settings, CONTRACT, fake(), small, logits[1:]) == "no: next tokens"
+    assert choose(settings, CONTRACT, fake(), [fake(), small], logits[1:]).name == "f16"
+
+
 def test_divergence_is_that_of_scipy():
     """Guards against a divergence turned round or not normalised; a file's padded vocabulary is left out."""
     import numpy as np

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ROOT / "<<cookiecutter.project>>"
 WORK = ROOT / "build" / "export"
 STAGES = ("merge", "files", "tokens", "logits", "score")
+MORE = ("imatrix", "unsloth")  # by option of 08; not in the sum
 QUANTS = ["f16", "q8_0", "q5_k_m", "q4_k_m"]
 
 
@@ -58,6 +59,20 @@ def stage(name: str, project: Path, run: str, profile: str) -> dict:
         found = [vars(tokens.prove_tokens(merged, f.path, chats))["prompts"] for f in files]
     elif name == "logits":
         found = [vars(p) | {"holds": p.holds} for p in logits.prove_logits(settings, contract, golden, merged, files)]
+    elif name == "imatrix":
+        from slm.export.imatrix import importance
+
+        weights = importance(settings, contract, paths[0], merged)
+        took = round(time.perf_counter() - begin, 1)
+        aware = [quantize.quantize(paths[0], project / f"aware-{quant}.gguf", quant, weights) for quant in QUANTS[2:]]
+        found = {"seconds": took, "tensors": len(weights), **near(logits, contract, [*golden, *dev], merged, paths, aware)}
+    elif name == "unsloth":
+        own = {"adapter": merge.adapter_folder(settings), "base": merge.base_folder(settings)}
+        made = quantize.convert(merged, project / "unsloth-f16.gguf", **own)
+        took = round(time.perf_counter() - begin, 1)
+        chats = tokens.conversations(contract, [*golden, *dev])[-200:]
+        found = {"seconds": took, "prompts": tokens.prove_tokens(merged, made, chats).prompts,
+                 **near(logits, contract, golden[:8], merged, paths[:1], [made])}  # fmt: skip
     else:
         ways = parity.score_paths(settings, contract, golden, files[0], merged)
         shipped = parity.score_files(settings, contract, golden, files, dev)
@@ -69,6 +84,23 @@ def stage(name: str, project: Path, run: str, profile: str) -> dict:
         "seconds": round(seconds, 1), "libraries_mb": round(held), "peak_mb": round(own), "child_mb": round(child),
         "peak_ratio": round(own / f16, 2), "found": found,
     }  # fmt: skip
+
+
+def near(logits, contract, rows, merged: Path, paths, others) -> dict:
+    """Divergence from the f16 file of the files made plainly and of `others`, over 48 rows at most: mean, 99th percentile."""
+    from slm.models.llama_cpp import LlamaCppModel
+    from transformers import AutoTokenizer
+
+    tokenizer, found, wanted = AutoTokenizer.from_pretrained(merged), {}, None
+    asked = [logits._ask(tokenizer, contract.messages(row)) for row in rows[:: max(1, len(rows) // 48)][:48]]
+    for path in [*paths, *others]:
+        model = LlamaCppModel(path)
+        got = [model.logits(*one) for one in asked]
+        model.close()
+        wanted = wanted or got
+        proof = logits.compare_logits(path.stem, wanted, got, 1.0)
+        found[path.stem] = [round(proof.kl, 6), round(proof.kl_p99, 4), round(proof.top1, 4), round(path.stat().st_size / 1e6, 1)]
+    return found
 
 
 def _weights(merged: Path):
@@ -83,20 +115,23 @@ def main() -> None:
     parser.add_argument("--project", type=Path, default=ROOT / "build" / "demo", help="made by `make demo`; only read")
     parser.add_argument("--run", default="demo")
     parser.add_argument("--profile", default="cpu")
-    parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--stage", choices=(*STAGES, *MORE))
     options = parser.parse_args()
     if options.stage:
         print(json.dumps(stage(options.stage, options.project, options.run, options.profile)))
         return
     shutil.rmtree(WORK, ignore_errors=True)
-    for part in ("project.yaml", "task", "training", "data/eval", f"outputs/adapters/{options.run}"):
+    for part in ("project.yaml", "task", "training", "data/eval", "data/accepted", f"outputs/adapters/{options.run}"):
         source, target = options.project / part, WORK / part
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
     found = {"load": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
-    for name in STAGES:
+    for name in (*STAGES, *MORE):
         command = [sys.executable, __file__, "--stage", name, "--project", str(WORK), "--run", options.run, "--profile", options.profile]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+        if done.returncode and name in MORE:
+            found[name] = f"not run: exit code {done.returncode}"
+            continue
         if done.returncode:
             raise SystemExit(f"{name} failed (exit code {done.returncode})")
         found[name] = json.loads(done.stdout.splitlines()[-1])

@@ -31,7 +31,8 @@ def write_report(
     best = None if cause.startswith("merge") else best  # its files are all of another model
     report = {
         "run_id": settings.run_id, "base": settings.model.base, "settings": settings.hash, "contract": contract.schema_hash,
-        "runtime": f"llama-cpp-python {llama_cpp.__version__}", "chosen": best.name if best else None,
+        "runtime": f"llama-cpp-python {llama_cpp.__version__}",
+        **settings.export.model_dump(include={"converter", "imatrix"}), "chosen": best.name if best else None,
         "verdict": _verdict(settings, contract, best, reference, cause), "attribution": cause,
         "tolerance": settings.export.model_dump(include={"tolerance", "margin", "kl"}),
         "rows": len(reference.scores),

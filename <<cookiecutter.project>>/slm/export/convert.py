@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,9 +15,18 @@ from filelock import FileLock
 from slm.errors import SlmError
 from slm.export.files import require_space, weight_bytes, whole
 from slm.models.embedded import cache_home
+from slm.rows import write_json
 
 SCRIPT = "convert_hf_to_gguf.py"
 PARTS = (SCRIPT, "conversion/", "gguf-py/gguf/", "LICENSE")
+
+# In a process of its own: importing Unsloth changes transformers, which the proofs need as it is.
+UNSLOTH = """
+import sys, unsloth, transformers
+adapter, merged, out = sys.argv[1:]
+model, _ = unsloth.FastLanguageModel.from_pretrained(adapter, load_in_4bit=False)
+model.save_pretrained_gguf(out, transformers.AutoTokenizer.from_pretrained(merged), quantization_method="f16")
+"""
 
 
 def fetch_converter() -> Path:
@@ -51,18 +61,40 @@ def extract(archive: Path, target: Path) -> Path:
     return target
 
 
-def convert(folder: Path, target: Path, name: str = "model") -> Path:
-    """Convert a merged checkpoint to an f16 GGUF, all or nothing. Raises SlmError with the converter's last words."""
-    script = fetch_converter() / SCRIPT
-    require_space(target.parent, int(weight_bytes(folder) * 1.1), "the f16 GGUF")
+def convert(
+    folder: Path, target: Path, name: str = "model", adapter: Path | None = None, base: Path | None = None
+) -> Path:  # fmt: skip
+    """Convert a merged checkpoint to an f16 GGUF, all or nothing. With an `adapter`, Unsloth merges that into the 16-bit
+    `base` by itself and converts, with the tokenizer of `folder`; nothing is fetched. Raises SlmError with the last
+    words of either."""
+    if adapter and not (adapter / "adapter_config.json").is_file():
+        raise SlmError("export.converter unsloth takes a LoRA adapter; for a full fine-tune set llama_cpp.")
+    home, who = fetch_converter(), "Unsloth's export" if adapter else "the GGUF converter"
+    share = 4 if adapter else 1.1  # Unsloth merges in 32 bits
+    require_space(target.parent, int(weight_bytes(folder) * share), "the f16 GGUF")
     env = {k: v for k, v in os.environ.items() if k not in ("NO_LOCAL_GGUF", "PYTHONPATH")}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with whole(target) as work:
-        name += " (phi-3 tokens)" if _swallows_space(folder) else ""
-        command = [sys.executable, str(script), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-        if done.returncode or not work.is_file():
-            raise SlmError(f"{folder}: the GGUF converter stopped (exit code {done.returncode}): {_last_words(done.stderr)}")
+        if adapter:
+            tools = shutil.copytree(home, work.parent / "llama.cpp")  # a copy: it edits the converter
+            for part in ("src", "ggml", "common"):  # what it knows a llama.cpp by, with a quantizer, which f16 needs not
+                (tools / part).mkdir()
+            (tools / "llama-quantize").write_text("#!/bin/sh\necho usage: none\n", encoding="utf-8")
+            (tools / "llama-quantize").chmod(0o755)
+            env |= {"UNSLOTH_LLAMA_CPP_PATH": str(tools), "UNSLOTH_AUTO_INSTALL": "0"}
+            own = shutil.copytree(adapter, work.parent / "adapter", ignore=shutil.ignore_patterns("checkpoints"))
+            config = json.loads((own / "adapter_config.json").read_text(encoding="utf-8"))  # may name another machine's base
+            write_json(own / "adapter_config.json", config | {"base_model_name_or_path": str(base)})
+            command = ["-c", UNSLOTH, str(own), str(folder), str(work.parent / "out")]
+        else:
+            name += " (phi-3 tokens)" if _swallows_space(folder) else ""
+            command = [str(home / SCRIPT), str(folder), "--outfile", str(work), "--outtype", "f16", "--model-name", name]
+        command.insert(0, sys.executable)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=work.parent, check=False)
+        made = [*work.parent.rglob("*.gguf")]
+        if done.returncode or len(made) != 1:
+            raise SlmError(f"{folder}: {who} stopped (exit code {done.returncode}): {_last_words(done.stderr)}")
+        os.replace(made[0], work)
     return target
 
 

@@ -56,19 +56,21 @@ class Scored:
 
 
 class RenderedPrompts:
-    """llama.cpp fed with what the trained tokenizer makes of a chat: its text (path B) or its token ids (path A).
-    `known` is shared by both ways: where the file reads the text as the same ids, the runtime is not asked twice."""
+    """llama.cpp fed with what the trained tokenizer makes of a chat: its token ids (path A) or its text (path B), or with
+    the messages (path C). `known` is shared by all ways: where the file reads the same ids, it is not asked twice."""
 
-    def __init__(self, model, tokenizer, ids: bool, known: dict):
-        self._model, self._tokenizer, self._ids, self._known = model, tokenizer, ids, known
-        self.name = f"{model.name} {IDS if ids else TEXT}"
-        self.fingerprint = f"{model.fingerprint} {IDS if ids else TEXT}"
+    def __init__(self, model, tokenizer, way: str, known: dict):
+        self._model, self._tokenizer, self._way, self._known = model, tokenizer, way, known
+        self.name = f"{model.name} {way}"
+        self.fingerprint = f"{model.fingerprint} {way}"
 
     def answer(self, prompts):
         """One answer per prompt, in order; all prompts have the same `max_tokens`."""
-        texts = [render(self._tokenizer, prompt.messages, add_generation_prompt=True) for prompt in prompts]
-        trained = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if self._ids else ()
-        keys = list(map(tuple, trained or map(self._model.tokenize, texts)))
+        asked = [prompt.messages for prompt in prompts]
+        if self._way != MESSAGES:
+            asked = [render(self._tokenizer, messages, add_generation_prompt=True) for messages in asked]
+        trained = self._tokenizer(asked, add_special_tokens=False)["input_ids"] if self._way == IDS else ()
+        keys = list(map(tuple, trained or map(self._model.tokenize, asked)))
         new = [key for key in dict.fromkeys(keys) if key not in self._known]
         self._known.update(zip(new, self._model.answer_ids(list(map(list, new)), prompts[0].max_tokens), strict=True))
         return [self._known[key] for key in keys]
@@ -121,7 +123,7 @@ def score_paths(settings, contract: Contract, rows: Sequence[Row], f16: GgufFile
     tokenizer, known = AutoTokenizer.from_pretrained(merged), {}
     model = LlamaCppModel(f16.path, context=settings.export.context, repeat_penalty=1.0)
     try:
-        ways = [(RenderedPrompts(model, tokenizer, way == IDS, known), way) for way in (IDS, TEXT)] + [(model, MESSAGES)]
+        ways = [(RenderedPrompts(model, tokenizer, way, known), way) for way in (IDS, TEXT, MESSAGES)]
         return [_score(settings, contract, rows, asked, f16.quant, way, 1.0, f16) for asked, way in ways]
     finally:
         model.close()

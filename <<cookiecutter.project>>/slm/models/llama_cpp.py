@@ -51,8 +51,10 @@ class LlamaCppModel:
         """Logits of the token that follows each of `places` (ascending): an array (places, vocabulary)."""
         return self._sequences.logits(ids, places)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt: special tokens parsed, nothing added."""
+    def tokenize(self, text: str | list[dict]) -> list[int]:
+        """Token ids of a rendered prompt, special tokens parsed, nothing added; of messages, through the file's template."""
+        if not isinstance(text, str):
+            return self._render(text)[0]
         return self.llama.tokenize(text.encode(), add_bos=False, special=True)
 
     def close(self) -> None:
