@@ -236,6 +236,7 @@ class Production(Section):
     """Logs of the released model (flywheel): evaluation first, training second."""
 
     logs: str = "data/raw/production_logs.sample.jsonl"
+    scrub: Literal["auto", "patterns", "presidio"] = "auto"  # auto: names too, by presidio, where that is installed
     random_share: float = Field(0.1, ge=0, le=1)  # of the unremarkable requests, for a person to look at
     holdout_first: int = Field(8, ge=0)  # corrected failures that the holdout gets before training gets any
     eval_share: float = Field(0.5, gt=0, le=1)  # of the groups after that; the rest are training candidates

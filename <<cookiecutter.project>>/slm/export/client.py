@@ -24,7 +24,8 @@ def write_client(settings, contract, merged: Path, file: Path) -> list[Path]:
     prompt = render(tokenizer, contract.prompt(PROBE), add_generation_prompt=True)
     schema = _inlined(contract.schema)
     terms = {
-        "url": URL, "model": settings.project.name, "system": contract.system_prompt, "schema": schema,
+        "url": URL, "model": settings.project.name, "version": f"{settings.run_id} {file.stem.removeprefix('model-')}",
+        "system": contract.system_prompt, "schema": schema,
         "nfc": composes(tokenizer), "strip": read_turn(tokenizer).trims, "sampling": {
             **export.model_dump(include={"temperature", "top_p", "repeat_penalty"}), "seed": 0,
             "max_tokens": settings.evaluate.max_new_tokens, "stop": stop_texts(tokenizer, merged)[:4],
