@@ -110,6 +110,9 @@ class Curate(Section):
     review_sample: int = Field(40, ge=0)  # rows drawn at random into the queue, so that kappa is measured fairly
     review_most: int = Field(50, ge=1)  # rows queued for each reason at most
     cluster_share: float = Field(0.3, gt=0, le=1)  # a cluster with more of the rows than this is warned of
+    # Rows refused for where they come from: a value, or key=value, of `source` or of the provenance (license, teacher,
+    # imported, consent, …). A production row whose provenance says nothing of consent counts as consent=false.
+    restricted_sources: list[str] = ["consent=false"]
     privacy: Literal["patterns", "presidio"] = "patterns"  # presidio: names and numbers by a language model too
     spacy_models: dict[str, str] = {"en": "en_core_web_sm"}  # language -> installed spaCy model, for presidio
 

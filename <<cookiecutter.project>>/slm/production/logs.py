@@ -43,15 +43,6 @@ class LogLine(BaseModel):
         return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-class Later(BaseModel):
-    """What became known about an earlier request: its correction, or that consent was given or withdrawn."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    request_id: str = Field(min_length=1)
-    correction: str | None = None
-    consent: bool | None = None
-
-
 @dataclass(frozen=True)
 class Logs:
     """The usable lines, and what was left out and why: `problems` as (file:line, reason), counts for the rest. `clock`
@@ -87,8 +78,8 @@ def files_of(path: Path) -> list[Path]:
 
 def read_logs(path: Path) -> Logs:
     """Read a log with its rotated files. A torn, overlong or invalid line is reported with its place and does not stop
-    the rest; the reason never repeats the line's text. A request that was written twice counts once; a `Later` line
-    completes the request that it names. Raises SlmError when there is no file or no line is readable."""
+    the rest; the reason never repeats the line's text. A request that was written twice counts once; a line of
+    request_id and a correction or consent alone completes the request that it names. Raises SlmError when there is no file or no line is readable."""
     lines: dict[str, LogLine] = {}
     problems, clock, ignored, last = [], [], Counter(), None
     read = repeated = dropped = 0
@@ -98,29 +89,28 @@ def read_logs(path: Path) -> Logs:
         read += 1
         try:
             record = json.loads(raw) if len(raw) <= LONGEST else None
-            if isinstance(record, dict) and "dropped" in record and "input" not in record:
+            if isinstance(record, dict) and record.keys() == {"dropped", "time"}:
                 dropped += int(record["dropped"])
                 continue
-            short = isinstance(record, dict) and {"correction", "consent"} & record.keys() and not {"input", "output"} & record.keys()
-            line = (Later if short else LogLine).model_validate(record)
+            later = isinstance(record, dict) and not {"input", "output"} & record.keys() and {"correction", "consent"} & record.keys()
+            known = lines.get(record.get("request_id")) if later else None
+            line = LogLine.model_validate({**known.model_dump(), **{k: record[k] for k in later}} if known else record)
         except ValidationError as error:
-            problems.append((place, f"longer than {LONGEST:,} bytes" if len(raw) > LONGEST else explain(error)))
+            reason = "completes a request that does not stand before it" if later else explain(error)
+            problems.append((place, f"longer than {LONGEST:,} bytes" if len(raw) > LONGEST else reason))
             continue
         except (ValueError, TypeError, RecursionError) as error:
             problems.append((place, "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON, torn in writing?"))
             continue
-        known = lines.get(line.request_id)
-        if short and known is None:
-            problems.append((place, "completes a request that does not stand before it"))
-        elif short or known and (known.input, known.output) == (line.input, line.output):
-            repeated += not short
-            facts = {"correction": line.correction, "consent": line.consent if short else known.consent and line.consent}
-            lines[line.request_id] = known.model_copy(update={k: v for k, v in facts.items() if v is not None})
-        elif known:
+        first = known or lines.setdefault(line.request_id, line)
+        if (first.input, first.output) != (line.input, line.output):
             problems.append((place, "its request_id is that of an earlier line with another text; give each request its own"))
-        else:
-            lines[line.request_id] = line
-        if not short:
+            continue
+        if first is not line and not known:  # written twice: a correction is kept, consent once refused stays refused
+            repeated += 1
+            line = first.model_copy(update={"correction": first.correction or line.correction, "consent": first.consent and line.consent})
+        lines[line.request_id] = line
+        if not known:
             ignored.update(n if n.isidentifier() else "(no name)" for n in record if n not in LogLine.model_fields)
             if last and last - line.time > CLOCK:
                 clock.append((place, f"its time lies {(last - line.time).total_seconds() / 3600:.1f} hours before the line above"))

@@ -16,7 +16,7 @@ Guess = Callable[[str], list[tuple[int, int, str]]]
 
 _NAMES = {
     "a secret key": "SECRET", "a payment card number": "CARD", "a bank account number": "IBAN", "a US social security number": "SSN",
-    "an international phone number": "PHONE", "person": "PERSON", "phone_number": "PHONE", "ip_address": "IP", "us_ssn": "SSN",
+    "an international phone number": "PHONE",
 }  # fmt: skip
 _LANGUAGES = ("en", "de", "fr", "es", "it", "nl", "pt", "pl")  # told apart by their commonest words
 _PLACEHOLDER = re.compile(r"\[[A-Z]+_\d+\]")
@@ -30,7 +30,7 @@ _PASSWORD = re.compile(
     r"\s*(?:\bis|\bwas|\bist|\bwar|\blautet|\best|\bétait|\bes|\bera|:|=)\s*[\"'“]?(?!\[[A-Z]+_\d)([^\s\"'”,;]*\d[^\s\"'”,;]*)"
 )
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-_IP = re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]*\d)")
+_IP = re.compile(r"(?<![\w.])(?<!ersion )(?<!ersión )(?<!ersione )(?<!elease )(?<!irmware )(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]*\d)")
 _PHONE = re.compile(r"(?<![\w.+/-])(?:(?:\+|00|\(?0)\(?\d[\d ()/.-]{5,18}\d|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4})(?![\w-])")
 _DATE = re.compile(r"^\d{1,4}([./-])\d{1,2}\1\d{1,4}\b")
 _RANDOM = re.compile(r"(?<![\w/+-])[A-Za-z0-9_+/-]{24,}={0,2}(?![\w/+-])")
@@ -113,7 +113,8 @@ def guesser(settings) -> Guess | None:
     def guess(text: str) -> list[tuple[int, int, str]]:
         said = set(re.findall(r"\w+", text.lower()))
         code = max(words, key=lambda one: len(said & words[one]))
-        found = [(start, end, _NAMES[kind]) for kind, start, end in (look(text, code) if code in models else ())]
+        names = [(start, end) for kind, start, end in (look(text, code) if code in models else ()) if kind == "person"]
+        found = [(start, end, "PERSON") for start, end in names if not re.search(r"\d", text[start:end])]
         found += [(*hit.span(), "SECRET") for _, value in privacy.secrets(text) for hit in re.finditer(re.escape(value), text)]
         return found
 
