@@ -33,6 +33,7 @@ def project(tmp_path):
     settings._root = tmp_path
     root = tmp_path
     write_text(root / "project.yaml", "project: {name: toy}\n")
+    write_text(root / "training/configs/train_config.yaml", "{}\n")
     group = "production-" + digest(WHO)
     mine = make_row(TEXT, ANSWER, id="p-000777", category="leak", source="production", group=group, provenance={"request_id": "req-77"})
     eval_row = make_row(TEXT, ANSWER, id="dev-0123", category="leak")
@@ -50,7 +51,7 @@ def project(tmp_path):
         write_rows(root / f"data/eval/{name}.jsonl", kept)
     registry.lock_sets(settings)
     log = {"time": "2026-11-02T08:00:00Z", "output": ANSWER, "latency_s": 1, "parse_ok": True, "model_version": "m", "consent": True}
-    append_jsonl(root / "data/raw/requests.jsonl.1", [{"request_id": "req-77", "input": TEXT, "group": WHO, **log}, {"request_id": "req-78", "input": OTHER, **log}])
+    append_jsonl(root / "data/raw/requests.jsonl.1", [{"request_id": "req-77", "input": TEXT, "group": WHO, **log}, {"request_id": "req-78", "input": OTHER, **log, "output": "{}"}])
     append_jsonl(root / "data/raw/requests.jsonl", [{"request_id": "req-77", "time": log["time"], "correction": ANSWER}])
     append_jsonl(root / "data/raw/production_review.jsonl", [{"why": "x", "request_id": "req-77", "input": TEXT, "group": group, **log}])
     append_jsonl(root / "data/raw/decisions.jsonl", [{"id": "p-000777", "decision": "edit", "reviewer": "A", "time": "t", "answer": ANSWER}])

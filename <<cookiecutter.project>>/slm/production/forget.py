@@ -27,7 +27,7 @@ CACHES = (".cache/answers.sqlite", ".cache/datasets")  # kept under hashes, so t
 _FOLDERS = {".git", ".venv", "__pycache__", "locks", "slm", "tests", "scripts", "training"}  # the template's, and others'
 _YOURS = ("notebooks/", "task/", "specs/", "project.yaml", "pyproject.toml", "Makefile")  # searched, never written
 _UNREAD = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".png", ".parquet", ".arrow", ".zip"}  # weights, and packed
-_WORD = re.compile(r"&#?\w+;|<[^<>]*>|\\[nrt]|(\w+)")
+_WORD = re.compile(r"&#?\w+;|</?[a-z][^<>\n]{0,99}>|\\[nrt]|(\w+)")
 _KEYS = ("id", "row_id", "request_id")
 
 
@@ -39,6 +39,7 @@ class Plan(BaseModel):
     groups: list[str] = []
     subject: str = ""
     texts: list[str] = []
+    locks: dict[str, str] = {}
     files: dict[str, int] = {}
     datasets: list[str] = []
     runs: list[str] = []
@@ -46,13 +47,17 @@ class Plan(BaseModel):
 
     @cached_property
     def _runs(self) -> set[tuple]:
-        """The runs of words that quote a message, whole messages where they are shorter; one word quotes nothing."""
-        said = [words for words in map(_words, self.texts) if len(words) > 1]
+        """The runs of words that quote a message; of fewer than three words anybody may say the same."""
+        said = [words for words in map(_words, self.texts) if len(words) > 2]
         return {tuple(words[n : n + RUN]) for words in said for n in range(max(1, len(words) - RUN + 1))}
 
     @cached_property
     def _whole(self) -> list[str]:
-        return [f" {' '.join(_words(message))} " for message in self.texts]
+        return [f" {' '.join(words)} " for words in map(_words, self.texts) if len(words) > 2]
+
+    @cached_property
+    def _named(self) -> str:
+        return "|".join(map(re.escape, self.ids)) or "(?!)"
 
     def names(self, text: str) -> bool:
         """Whether a text names the subject."""
@@ -61,7 +66,7 @@ class Plan(BaseModel):
     def holds(self, text: str) -> bool:
         """Whether a text names the subject or holds a whole message."""
         said = f" {' '.join(_words(text))} "
-        return self.names(text) or any(said == one or one.count(" ") > 3 and one in said for one in self._whole)
+        return self.names(text) or any(one in said for one in self._whole)
 
     def about(self, body) -> bool:
         """Whether a record is one of the rows, speaks of one as its own, or holds a whole message or the subject."""
@@ -80,8 +85,8 @@ class Plan(BaseModel):
         if not isinstance(body, dict):
             return GONE if isinstance(body, str) and self._quotes(body) else body
         new = {key: self.pruned(value) for key, value in body.items()}
-        shown, ids = json.dumps(body.get("outputs")), "|".join(map(re.escape, self.ids))
-        if "cell_type" in body and (new.get("outputs") != body.get("outputs") or re.search(rf"(?<![\w-])({ids})(?![\w-])", shown)):
+        shown = json.dumps(body.get("outputs"))
+        if "cell_type" in body and (json.dumps(new.get("outputs")) != shown or re.search(rf"(?<![\w-])({self._named})(?![\w-])", shown)):
             new["outputs"] = []
         return new
 
@@ -112,7 +117,8 @@ def plan(settings, subject: str = "", row_id: str = "") -> Plan:
     texts = {text for _, record in own() for part in _dicts(record) for text in _texts(part)}
     if not texts and not any(map(found.holds, map(_text, _files(settings)))):
         raise SlmError("forget: no row, no log line and no file holds that; nothing was changed. Ids stand in data/ and in the logs.")
-    found = Plan(**found.model_dump(exclude={"texts"}), texts=sorted(texts))
+    locks = registry.check_locked(settings) if settings.path("data/eval/lock.json").is_file() else {}
+    found = Plan(**found.model_dump(exclude={"texts", "locks"}), texts=sorted(texts), locks=locks)
     mine = own()  # now the same message under another id, too
     found.ids = sorted({*found.ids, *(part[key] for _, record in mine for part in _dicts(record) for key in _KEYS if isinstance(part.get(key), str))})
     found.files = Counter(name for name, _ in mine)
@@ -121,7 +127,7 @@ def plan(settings, subject: str = "", row_id: str = "") -> Plan:
         unseen = not settings.path(archive).is_file() and {*record["parents"]} & {*found.files}
         if archive in found.files or unseen:
             found.datasets.append(record["version"])
-    trained = [r for r in registry.read(settings, "runs") if r.get("stage") == "train" and r["status"] == "completed"]
+    trained = [r for r in registry.read(settings, "runs") if (r.get("stage"), r.get("status")) == ("train", "completed")]
     fed = {None} if any(not name.startswith("data/eval/") for name in found.files) else set()  # a run without a version
     found.runs = sorted({r["run_id"] for r in trained if r["parents"]["dataset"] in {*found.datasets, *fed}})
     places = [f for run in found.runs for kind in ("adapters", "merged", "gguf") for f in settings.path("outputs").glob(f"{kind}/{run}")]
@@ -137,20 +143,18 @@ def forget(settings, found: Plan) -> dict:
         for name in ("teacher", "decisions", "accepted"):  # 03, a reviewer and 04 wait
             stack.enter_context(registry.locked(settings, name))
         write_text(settings.path(PENDING), found.model_dump_json())
-        lock = settings.path("data/eval/lock.json")
-        before = json.loads(lock.read_text(encoding="utf-8")) if lock.is_file() else {}
         for cache in map(settings.path, CACHES):
             shutil.rmtree(cache) if cache.is_dir() else cache.unlink(missing_ok=True)
         changed = [_name(settings, path) for path in _files(settings) if _clean(settings, path, found)]
-        now = {name: registry.file_hash(settings.path(f"data/eval/{name}.jsonl")) for name in before}
-        if now != before:
-            write_json(lock, now)
+        now = {name: registry.file_hash(settings.path(f"data/eval/{name}.jsonl")) for name in found.locks}
+        if now != found.locks:
+            write_json(settings.path("data/eval/lock.json"), now)
         if left := [_name(settings, path) for path in _files(settings) if found.holds(_text(path))]:
             raise SlmError(f"forget: still in {', '.join(left)}; remove it there by hand, then run forget again.")
         record = {
             "rows": found.ids, "groups": [digest(group) for group in found.groups], "files": sorted({*changed, *found.files}),
             "datasets": found.datasets, "runs": found.runs, "models": found.models,
-            "relocked": {name: [before[name], now[name]] for name in before if now[name] != before[name]},
+            "relocked": {name: [old, now[name]] for name, old in found.locks.items() if now[name] != old},
         }  # fmt: skip
         record = registry.append(settings, TOMBSTONES, record)
         settings.path(PENDING).unlink()
@@ -224,7 +228,7 @@ def _dicts(body) -> Iterator[dict]:
 def _texts(record: dict) -> list[str]:
     """What a person wrote: the user's messages of a row, the input of a log line."""
     said = [m["content"] for m in record.get("messages") or () if isinstance(m, dict) and m.get("role") == "user"]
-    return said + [record["input"]] * isinstance(record.get("input"), str)
+    return [text for text in (*said, record.get("input")) if isinstance(text, str)]
 
 
 def _clean(settings, path: Path, found: Plan) -> bool:
@@ -243,8 +247,8 @@ def _clean(settings, path: Path, found: Plan) -> bool:
         kept = found.pruned(body)
         new = text if kept == body else json.dumps(kept, ensure_ascii=False, indent=1 if path.suffix == ".ipynb" else 2) + "\n"
     else:
-        ids = "|".join(map(re.escape, found.ids))  # the sections of a report about a row
-        new = found.redact(re.sub(rf"(?ms)^### (?:{ids}) .*?(?=^#|\Z)|<h3>(?:{ids}) .*?(?=<h[123]|</main>|</body>|\Z)", "", text))
+        about = rf"(?ms)^### (?:{found._named}) .*?(?=^#|\Z)|<h3>(?:{found._named}) .*?(?=<h[123]|</main>|</body>|\Z)"
+        new = found.redact(re.sub(about, "", text))  # a report's section on a row goes whole
     if new != text:
         with replacing(path) as stream:
             stream.write(gzip.compress(new.encode(), 4, mtime=0) if packed else new.encode())
