@@ -38,6 +38,7 @@ def folder(project):
 
     settings, merged, files = project
     settings = load_settings(start=settings.root, run_id="t", overrides={"evaluate.max_new_tokens": 48})
+    settings.path("client/requests.jsonl.1").write_text("a log that must not be handed out\n")
     written = write_client(settings, SHORT, merged, files[0].path)
     assert [f.name for f in written] == ["README.md", "client.py", "contract.json", "log.py", "request.json"]
     return written[0].parent

@@ -46,6 +46,7 @@ def project(tmp_path):
     append_jsonl(root / "data/rejected/production.jsonl", [
         {"gate": "duplicates", "reason": "twin", "evidence": {"twin": "t-0001"}, "row": mine.model_dump(exclude_none=True)},
         {"gate": "json_validity", "reason": "not JSON", "evidence": {}, "raw": '{"input": "' + TEXT.replace("\n", "\\n") + '"'},
+        {"gate": "json_validity", "reason": "not JSON", "evidence": {}, "raw": '{"input": "' + TEXT[:48]},
     ])  # fmt: skip
     for name, kept in (("dev", [eval_row, *rows[4:]]), ("test", rows[:1]), ("adversarial", rows[:1]), ("golden", rows[:1])):
         write_rows(root / f"data/eval/{name}.jsonl", kept)

@@ -46,27 +46,28 @@ class Plan(BaseModel):
     models: list[str] = []
 
     @cached_property
+    def _said(self) -> list[tuple]:
+        """The words of each message; of fewer than three anybody may say the same."""
+        return [words for words in map(_words, self.texts) if len(words) > 2]
+
+    @cached_property
     def _runs(self) -> set[tuple]:
-        """The runs of words that quote a message; of fewer than three words anybody may say the same."""
-        said = [words for words in map(_words, self.texts) if len(words) > 2]
-        return {tuple(words[n : n + RUN]) for words in said for n in range(max(1, len(words) - RUN + 1))}
+        return {words[n : n + RUN] for words in self._said for n in range(max(1, len(words) - RUN + 1))}
 
-    @cached_property
-    def _whole(self) -> list[str]:
-        return [f" {' '.join(words)} " for words in map(_words, self.texts) if len(words) > 2]
+    def holds(self, text: str, runs: bool = False) -> bool:
+        """Whether a text names the subject or holds a whole message, or (`runs`) so many words in a row of one."""
+        if self.subject and re.search(rf"(?i)(?<!\w){re.escape(self.subject)}(?!\w)", text):
+            return True
+        said, sizes = _words(text), {len(run) for run in self._runs}
+        if runs:
+            return not self._runs.isdisjoint(said[n : n + size] for size in sizes for n in range(len(said) - size + 1))
+        joined = f" {' '.join(said)} "
+        return any(f" {' '.join(words)} " in joined for words in self._said)
 
-    @cached_property
-    def _named(self) -> str:
+    @property
+    def named(self) -> str:
+        """A pattern for any of the ids."""
         return "|".join(map(re.escape, self.ids)) or "(?!)"
-
-    def names(self, text: str) -> bool:
-        """Whether a text names the subject."""
-        return bool(self.subject and re.search(rf"(?i)(?<!\w){re.escape(self.subject)}(?!\w)", text))
-
-    def holds(self, text: str) -> bool:
-        """Whether a text names the subject or holds a whole message."""
-        said = f" {' '.join(_words(text))} "
-        return self.names(text) or any(one in said for one in self._whole)
 
     def about(self, body) -> bool:
         """Whether a record is one of the rows, speaks of one as its own, or holds a whole message or the subject."""
@@ -76,27 +77,22 @@ class Plan(BaseModel):
 
     def redact(self, text: str) -> str:
         """The text without the lines that name the subject or quote a message."""
-        return "\n".join(GONE if self._quotes(line) else line for line in text.split("\n"))
+        return "\n".join(GONE if self.holds(line, runs=True) else line for line in text.split("\n"))
 
     def pruned(self, body):
         """JSON without the rows' records and quotations; a notebook's cell that names or quotes a row shows nothing."""
         if isinstance(body, list):
             return [self.pruned(one) for one in body if not (isinstance(one, dict) and self._own(one))]
         if not isinstance(body, dict):
-            return GONE if isinstance(body, str) and self._quotes(body) else body
-        new = {key: self.pruned(value) for key, value in body.items()}
-        shown = json.dumps(body.get("outputs"))
-        if "cell_type" in body and (json.dumps(new.get("outputs")) != shown or re.search(rf"(?<![\w-])({self._named})(?![\w-])", shown)):
+            return GONE if isinstance(body, str) and self.holds(body, runs=True) else body
+        new, shown = {key: self.pruned(value) for key, value in body.items()}, json.dumps(body.get("outputs"))
+        if "cell_type" in body and (json.dumps(new.get("outputs")) != shown or re.search(rf"(?<![\w-])(?:{self.named})(?![\w-])", shown)):
             new["outputs"] = []
         return new
 
     def _own(self, record: dict) -> bool:
-        return record.get("group") in self.groups or any(record.get(key) in self.ids for key in _KEYS)
-
-    def _quotes(self, text: str) -> bool:
-        said = _words(text)
-        windows = (tuple(said[n : n + size]) for size in {len(run) for run in self._runs} for n in range(len(said) - size + 1))
-        return self.names(text) or not self._runs.isdisjoint(windows)
+        known = record.get("group") in self.groups or any(record.get(key) in self.ids for key in _KEYS)
+        return known or self.holds(str(record.get("raw", "")), runs=True)  # raw: a torn line that 04 refused
 
 
 def plan(settings, subject: str = "", row_id: str = "") -> Plan:
@@ -192,8 +188,8 @@ def _name(settings, path: Path) -> str:
     return path.relative_to(settings.root).as_posix()
 
 
-def _words(text: str) -> list[str]:
-    return [hit[1].lower() for hit in _WORD.finditer(text) if hit[1]]
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(hit[1].lower() for hit in _WORD.finditer(text) if hit[1])
 
 
 def _by_line(path: Path) -> bool:
@@ -247,7 +243,7 @@ def _clean(settings, path: Path, found: Plan) -> bool:
         kept = found.pruned(body)
         new = text if kept == body else json.dumps(kept, ensure_ascii=False, indent=1 if path.suffix == ".ipynb" else 2) + "\n"
     else:
-        about = rf"(?ms)^### (?:{found._named}) .*?(?=^#|\Z)|<h3>(?:{found._named}) .*?(?=<h[123]|</main>|</body>|\Z)"
+        about = rf"(?ms)^### (?:{found.named}) .*?(?=^#|\Z)|<h3>(?:{found.named}) .*?(?=<h[123]|</main>|</body>|\Z)"
         new = found.redact(re.sub(about, "", text))  # a report's section on a row goes whole
     if new != text:
         with replacing(path) as stream:
