@@ -32,10 +32,11 @@ class Log:
         correction: str | None = None, request_id: str = "", license: str = "",
     ) -> str:  # fmt: skip
         """One request; returns its id, which a later correction needs. `consent`: may it be used to improve the model?
-        `group`: customer or conversation, as an opaque number. `correction`: the right answer, as the contract's JSON."""
+        `group`: customer or conversation, as an opaque number. `correction`: the right answer as contract JSON."""
         request_id = request_id or uuid.uuid4().hex
-        facts = {"input": input, "output": output, "latency_s": latency_s, "parse_ok": parse_ok, "model_version": self.model_version}
-        self._put({"request_id": request_id, **facts, "correction": correction, "group": group, "consent": consent, "license": license})
+        facts = {"input": input, "output": output, "latency_s": latency_s, "parse_ok": parse_ok}
+        terms = {"correction": correction, "model_version": self.model_version, "group": group, "consent": consent, "license": license}
+        self._put({"request_id": request_id, **facts, **terms})
         return request_id
 
     def correct(self, request_id: str, correction: str) -> None:

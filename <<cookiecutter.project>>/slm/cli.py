@@ -103,7 +103,9 @@ def release(run_id: str, profile: Profile = "default", config: Config = "project
 
 @app.command()
 def forget(
-    subject: Annotated[str, typer.Option(help='Whom: the `group` of a log, an address, a whole name; "-" reads it from standard input.')] = "",
+    subject: Annotated[
+        str, typer.Option(help='Whom: the `group` of a log, an address, a whole name; "-": read from standard input.')
+    ] = "",
     row: Annotated[str, typer.Option(help="Or one row, log line or review by its id.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     config: Config = "project.yaml",

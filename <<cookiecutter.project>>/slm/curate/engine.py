@@ -273,7 +273,8 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
 
 def funnel(job: Job, extra: list[str], left: int, lost: Counter) -> list[dict]:
     """A record per gate, in their order: rows in, rejected and out."""
-    order = [*(name for name in ("human_review", "restricted_source") if lost[name]), *READING, "check", "leaked_instructions", "personal_data"]
+    order = [name for name in ("human_review", "restricted_source") if lost[name]]
+    order += [*READING, "check", "leaked_instructions", "personal_data"]
     order += ["length"] * (job.count_tokens is not None) + ["evaluation_leakage"] * (job.known is not None)
     steps = []
     for name in dict.fromkeys([*order, *extra, "label_consistency", "duplicates", "trivial"]):

@@ -24,7 +24,7 @@ TOMBSTONES = "forgotten"
 GONE = "[FORGOTTEN]"
 RUN = 5  # so many words in a row quote a message; reports cut messages short
 CACHES = (".cache/answers.sqlite", ".cache/datasets")  # kept under hashes, so they go whole; they fill again
-_FOLDERS = {".git", ".venv", "__pycache__", "locks", "slm", "tests", "scripts", "training"}  # the template's, and others'
+_FOLDERS = {".git", ".venv", "__pycache__", "locks", "slm", "tests", "scripts", "training"}  # not this project's data
 _YOURS = ("notebooks/", "task/", "specs/", "project.yaml", "pyproject.toml", "Makefile")  # searched, never written
 _UNREAD = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".png", ".parquet", ".arrow", ".zip"}  # weights, and packed
 _WORD = re.compile(r"&#?\w+;|</?[a-z][^<>\n]{0,99}>|\\[nrt]|(\w+)")
@@ -86,7 +86,8 @@ class Plan(BaseModel):
         if not isinstance(body, dict):
             return GONE if isinstance(body, str) and self.holds(body, runs=True) else body
         new, shown = {key: self.pruned(value) for key, value in body.items()}, json.dumps(body.get("outputs"))
-        if "cell_type" in body and (json.dumps(new.get("outputs")) != shown or re.search(rf"(?<![\w-])(?:{self.named})(?![\w-])", shown)):
+        told = json.dumps(new.get("outputs")) != shown or re.search(rf"(?<![\w-])(?:{self.named})(?![\w-])", shown)
+        if "cell_type" in body and told:
             new["outputs"] = []
         return new
 
@@ -96,9 +97,9 @@ class Plan(BaseModel):
 
 
 def plan(settings, subject: str = "", row_id: str = "") -> Plan:
-    """What belongs to a subject (the `group` of a log, or what names a person: an address, a whole name) or to a row id;
-    of a deletion that was cut off, its own plan. Nothing is changed. Raises SlmError, which never repeats the subject,
-    when there is nothing."""
+    """What belongs to a subject (the `group` of a log, or what names a person: an address, a whole name) or to a row
+    id; of a deletion that was cut off, its own plan. Nothing is changed. Raises SlmError, which never repeats the
+    subject, when there is nothing."""
     if (file := settings.path(PENDING)).is_file():
         return Plan.model_validate_json(file.read_bytes())
     if bool(subject) == bool(row_id) or subject and len(subject.strip()) < 3:
@@ -112,22 +113,25 @@ def plan(settings, subject: str = "", row_id: str = "") -> Plan:
 
     texts = {text for _, record in own() for part in _dicts(record) for text in _texts(part)}
     if not texts and not any(map(found.holds, map(_text, _files(settings)))):
-        raise SlmError("forget: no row, no log line and no file holds that; nothing was changed. Ids stand in data/ and in the logs.")
+        raise SlmError("forget: no row, log line or file holds that; nothing was changed. Ids stand in data/ and logs.")
     locks = registry.check_locked(settings) if settings.path("data/eval/lock.json").is_file() else {}
     found = Plan(**found.model_dump(exclude={"texts", "locks"}), texts=sorted(texts), locks=locks)
     mine = own()  # now the same message under another id, too
-    found.ids = sorted({*found.ids, *(part[key] for _, record in mine for part in _dicts(record) for key in _KEYS if isinstance(part.get(key), str))})
+    ids = (part.get(key) for _, record in mine for part in _dicts(record) for key in _KEYS)
+    found.ids = sorted({*found.ids, *(one for one in ids if isinstance(one, str))})
     found.files = Counter(name for name, _ in mine)
     for record in registry.read(settings, "datasets"):
         archive = f"registry/datasets/{record['version']}.jsonl.gz"
         unseen = not settings.path(archive).is_file() and {*record["parents"]} & {*found.files}
         if archive in found.files or unseen:
             found.datasets.append(record["version"])
-    trained = [r for r in registry.read(settings, "runs") if (r.get("stage"), r.get("status")) == ("train", "completed")]
+    done = ("train", "completed")
+    trained = [r for r in registry.read(settings, "runs") if (r.get("stage"), r.get("status")) == done]
     fed = {None} if any(not name.startswith("data/eval/") for name in found.files) else set()  # a run without a version
     found.runs = sorted({r["run_id"] for r in trained if r["parents"]["dataset"] in {*found.datasets, *fed}})
-    places = [f for run in found.runs for kind in ("adapters", "merged", "gguf") for f in settings.path("outputs").glob(f"{kind}/{run}")]
-    found.models = [_name(settings, file) for place in places for file in (sorted(place.glob("*.gguf")) or [place])]
+    places = [settings.path(f"outputs/{kind}/{run}") for run in found.runs for kind in ("adapters", "merged", "gguf")]
+    files = (sorted(place.glob("*.gguf")) or [place] for place in places if place.exists())
+    found.models = [_name(settings, file) for part in files for file in part]
     return found
 
 
@@ -148,8 +152,8 @@ def forget(settings, found: Plan) -> dict:
         if left := [_name(settings, path) for path in _files(settings) if found.holds(_text(path))]:
             raise SlmError(f"forget: still in {', '.join(left)}; remove it there by hand, then run forget again.")
         record = {
-            "rows": found.ids, "groups": [digest(group) for group in found.groups], "files": sorted({*changed, *found.files}),
-            "datasets": found.datasets, "runs": found.runs, "models": found.models,
+            "rows": found.ids, "groups": [digest(group) for group in found.groups],
+            "files": sorted({*changed, *found.files}), **found.model_dump(include={"datasets", "runs", "models"}),
             "relocked": {name: [old, now[name]] for name, old in found.locks.items() if now[name] != old},
         }  # fmt: skip
         record = registry.append(settings, TOMBSTONES, record)
@@ -159,11 +163,13 @@ def forget(settings, found: Plan) -> dict:
 
 def told(found: Plan) -> str:
     """A plan in words for the terminal, without any of the content."""
-    lines = [f"{sum(found.files.values())} rows and lines: " + (", ".join(f"{n} in {name}" for name, n in found.files.items()) or "quoted only")]
+    where = ", ".join(f"{n} in {name}" for name, n in found.files.items()) or "quoted only"
+    lines = [f"{sum(found.files.values())} rows and lines: {where}"]
     lines += [f"dataset version {version} holds some" for version in found.datasets]
     lines += [f"run {run} was trained on them: train it again, it is not released any more" for run in found.runs]
     lines += [f"{model}: delete it, and every copy that was handed out" for model in found.models]
-    return "\n".join([*lines, "Not reached from here: git's history, hubs and trackers, backups, zip and Parquet files, logs elsewhere."])
+    lines.append("Not reached from here: git's history, hubs, trackers, backups, zip and Parquet files, other logs.")
+    return "\n".join(lines)
 
 
 def refuse(settings, run_id: str) -> None:
@@ -241,7 +247,8 @@ def _clean(settings, path: Path, found: Plan) -> bool:
         new = "".join(_line(line, found, quotes) for line in re.split(r"(?<=\n)", text))
     elif path.suffix in (".json", ".ipynb") and (body := _json(text)) is not None:
         kept = found.pruned(body)
-        new = text if kept == body else json.dumps(kept, ensure_ascii=False, indent=1 if path.suffix == ".ipynb" else 2) + "\n"
+        indent = 1 if path.suffix == ".ipynb" else 2
+        new = text if kept == body else json.dumps(kept, ensure_ascii=False, indent=indent) + "\n"
     else:
         about = rf"(?ms)^### (?:{found.named}) .*?(?=^#|\Z)|<h3>(?:{found.named}) .*?(?=<h[123]|</main>|</body>|\Z)"
         new = found.redact(re.sub(about, "", text))  # a report's section on a row goes whole

@@ -79,7 +79,8 @@ def files_of(path: Path) -> list[Path]:
 def read_logs(path: Path) -> Logs:
     """Read a log with its rotated files. A torn, overlong or invalid line is reported with its place and does not stop
     the rest; the reason never repeats the line's text. A request that was written twice counts once; a line of
-    request_id and a correction or consent alone completes the request that it names. Raises SlmError when there is no file or no line is readable."""
+    request_id and a correction or consent alone completes the request that it names. Raises SlmError when there is no
+    file or no line is readable."""
     lines: dict[str, LogLine] = {}
     problems, clock, ignored, last = [], [], Counter(), None
     read = repeated = dropped = 0
@@ -92,7 +93,8 @@ def read_logs(path: Path) -> Logs:
             if isinstance(record, dict) and record.keys() == {"dropped", "time"}:
                 dropped += int(record["dropped"])
                 continue
-            later = isinstance(record, dict) and not {"input", "output"} & record.keys() and {"correction", "consent"} & record.keys()
+            keys = set(record) if isinstance(record, dict) else set()
+            later = not {"input", "output"} & keys and {"correction", "consent"} & keys
             known = lines.get(record.get("request_id")) if later else None
             line = LogLine.model_validate({**known.model_dump(), **{k: record[k] for k in later}} if known else record)
         except ValidationError as error:
@@ -100,20 +102,23 @@ def read_logs(path: Path) -> Logs:
             problems.append((place, f"longer than {LONGEST:,} bytes" if len(raw) > LONGEST else reason))
             continue
         except (ValueError, TypeError, RecursionError) as error:
-            problems.append((place, "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON, torn in writing?"))
+            bytes_wrong = isinstance(error, UnicodeDecodeError)
+            problems.append((place, "not UTF-8" if bytes_wrong else "not JSON, torn in writing?"))
             continue
         first = known or lines.setdefault(line.request_id, line)
         if (first.input, first.output) != (line.input, line.output):
-            problems.append((place, "its request_id is that of an earlier line with another text; give each request its own"))
+            problems.append((place, "its request_id is that of an earlier line with another text; give each its own"))
             continue
         if first is not line and not known:  # written twice: a correction is kept, consent once refused stays refused
             repeated += 1
-            line = first.model_copy(update={"correction": first.correction or line.correction, "consent": first.consent and line.consent})
+            facts = {"correction": first.correction or line.correction, "consent": first.consent and line.consent}
+            line = first.model_copy(update=facts)
         lines[line.request_id] = line
         if not known:
             ignored.update(n if n.isidentifier() else "(no name)" for n in record if n not in LogLine.model_fields)
             if last and last - line.time > CLOCK:
-                clock.append((place, f"its time lies {(last - line.time).total_seconds() / 3600:.1f} hours before the line above"))
+                hours = (last - line.time).total_seconds() / 3600
+                clock.append((place, f"its time lies {hours:.1f} hours before the line above"))
             last = line.time
     if problems and not lines:
         raise SlmError(f"{Path(path).parent / problems[0][0]}: {problems[0][1]}; no line of this file is a log line.")

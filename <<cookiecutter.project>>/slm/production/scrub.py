@@ -15,8 +15,8 @@ from slm.rows import digest
 Guess = Callable[[str], list[tuple[int, int, str]]]
 
 _NAMES = {
-    "a secret key": "SECRET", "a payment card number": "CARD", "a bank account number": "IBAN", "a US social security number": "SSN",
-    "an international phone number": "PHONE",
+    "a secret key": "SECRET", "a payment card number": "CARD", "a bank account number": "IBAN", 
+    "a US social security number": "SSN", "an international phone number": "PHONE",
 }  # fmt: skip
 _LANGUAGES = ("en", "de", "fr", "es", "it", "nl", "pt", "pl")  # told apart by their commonest words
 _PLACEHOLDER = re.compile(r"\[[A-Z]+_\d+\]")
@@ -30,7 +30,10 @@ _PASSWORD = re.compile(
     r"\s*(?:\bis|\bwas|\bist|\bwar|\blautet|\best|\bétait|\bes|\bera|:|=)\s*[\"'“]?(?!\[[A-Z]+_\d)([^\s\"'”,;]*\d[^\s\"'”,;]*)"
 )
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-_IP = re.compile(r"(?<![\w.])(?<!ersion )(?<!ersión )(?<!ersione )(?<!elease )(?<!irmware )(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]*\d)")
+_IP = re.compile(
+    r"(?<![\w.])(?<!ersion )(?<!ersión )(?<!ersione )(?<!elease )(?<!irmware )"
+    r"(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]*\d)"
+)
 _PHONE = re.compile(r"(?<![\w.+/-])(?:(?:\+|00|\(?0)\(?\d[\d ()/.-]{5,18}\d|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4})(?![\w-])")
 _DATE = re.compile(r"^\d{1,4}([./-])\d{1,2}\1\d{1,4}\b")
 _RANDOM = re.compile(r"(?<![\w/+-])[A-Za-z0-9_+/-]{24,}={0,2}(?![\w/+-])")
@@ -75,15 +78,17 @@ def scrub_logs(lines: Sequence[LogLine], settings=None) -> tuple[list[LogLine], 
             problem = f"the scrub failed on usable line {number} ({type(error).__name__}); nothing of this log goes on"
             raise SlmError(f"{problem}. Take that request out, or set production.scrub to patterns.") from None
         total += counts
-        clean.append(line.model_copy(update={**dict(zip(("input", "output", "correction"), texts, strict=False)), "request_id": hidden}))
+        said = dict(zip(("input", "output", "correction"), texts, strict=False))
+        clean.append(line.model_copy(update={**said, "request_id": hidden}))
     return clean, total
 
 
 def spans(text: str, guess: Guess | None = None) -> list[tuple[int, int, str]]:
     """(start, end, type) of what must go, in order and apart from each other; what proves itself comes first."""
     found = [(*hit.span(), "") for hit in _PLACEHOLDER.finditer(text)]
-    found += [(*hit.span(), "SECRET") for hit in _BLOCK.finditer(text)] + [(*hit.span(), "URL") for hit in _URL.finditer(text)]
-    found += [(*hit.span(1), "SECRET") for hit in _PASSWORD.finditer(text)] + [(*hit.span(), "EMAIL") for hit in _EMAIL.finditer(text)]
+    first = (("SECRET", _BLOCK, 0), ("URL", _URL, 0), ("SECRET", _PASSWORD, 1), ("EMAIL", _EMAIL, 0))
+    for kind, pattern, group in first:
+        found += [(*hit.span(group), kind) for hit in pattern.finditer(text)]
     found += [(start, end, _NAMES.get(name, "EMAIL")) for name, start, end in privacy.hits(text)]
     found += [(*hit.span(), "IP") for hit in _IP.finditer(text)]
     found += [(*hit.span(), "PHONE") for hit in _PHONE.finditer(text) if _phone(hit[0])]
@@ -108,14 +113,16 @@ def guesser(settings) -> Guess | None:
             raise
         print(f"Scrub by pattern and check sum alone, names stay in the text: {error}")
         return None
-    words = {code: import_module(f"spacy.lang.{code}.stop_words").STOP_WORDS for code in dict.fromkeys([*models, *_LANGUAGES])}
+    codes = dict.fromkeys([*models, *_LANGUAGES])
+    words = {code: import_module(f"spacy.lang.{code}.stop_words").STOP_WORDS for code in codes}
 
     def guess(text: str) -> list[tuple[int, int, str]]:
         said = set(re.findall(r"\w+", text.lower()))
         code = max(words, key=lambda one: len(said & words[one]))
         names = [(start, end) for kind, start, end in (look(text, code) if code in models else ()) if kind == "person"]
         found = [(start, end, "PERSON") for start, end in names if not re.search(r"\d", text[start:end])]
-        found += [(*hit.span(), "SECRET") for _, value in privacy.secrets(text) for hit in re.finditer(re.escape(value), text)]
+        for _, value in privacy.secrets(text):
+            found += [(*hit.span(), "SECRET") for hit in re.finditer(re.escape(value), text)]
         return found
 
     return guess
