@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-QUICK = ["core", "curate", "generate", "metrics", "production", "repair", "report", "runner", "scope"]
+QUICK = ["core", "curate", "generate", "forget", "metrics", "production", "repair", "report", "runner", "scope"]
 
 
 def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess:

@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import unicodedata
 import urllib.error
 import urllib.request
@@ -53,13 +54,24 @@ def post(contract: dict, text: str, timeout: float = 60.0) -> dict:
             raise ClientError(f"{url}: no answer ({error}); is the server running?") from None
 
 
-def ask(contract: dict, text: str) -> dict:
-    """The value for one input. Raises ClientError for an answer that did not end, is no JSON or breaks the schema."""
+def ask(contract: dict, text: str, log=None, **facts) -> dict:
+    """The value for one input. Raises ClientError for an answer that did not end, is no JSON or breaks the schema.
+    A `log` (log.py) gets a line of it, whatever comes; `facts` are what Log.write takes: consent, group, request_id."""
+    begin, answer, value = time.perf_counter(), [], None
+    try:
+        value = _read(contract, post(contract, text), answer)
+        return value
+    finally:
+        if log:
+            log.write(text, "".join(answer), time.perf_counter() - begin, value is not None, **facts)
+
+
+def _read(contract: dict, reply: dict, seen: list[str]) -> dict:
     import jsonschema
 
-    reply = post(contract, text)
     try:
         answer, finish = reply["choices"][0]["message"]["content"], reply["choices"][0]["finish_reason"]
+        seen.append(answer)
         value = json.loads(answer)
     except (KeyError, IndexError, TypeError):
         raise ClientError(f"no answer in the reply: {str(reply)[:200]}") from None

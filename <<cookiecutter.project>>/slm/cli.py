@@ -137,6 +137,29 @@ def upload(
 
 
 @app.command()
+def forget(
+    subject: Annotated[
+        str, typer.Option(help='Whom: the `group` of a log, an address, a whole name; "-": read from standard input.')
+    ] = "",
+    row: Annotated[str, typer.Option(help="Or one row, log line or review by its id.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config: Config = "project.yaml",
+) -> None:  # fmt: skip
+    """Delete a person's rows, or one, from every file and cache, and name what was trained on them."""
+    from slm.production import forget as deletion
+
+    settings = load_settings(config)
+    plan = deletion.plan(settings, sys.stdin.readline() if subject == "-" else subject, row)
+    print(deletion.told(plan))
+    if not yes and not typer.confirm("Delete this for good?"):
+        raise SlmError("nothing was changed.")
+    record = deletion.forget(settings, plan)
+    print(f"Deleted, and found nowhere any more: tombstone {record['hash']} in registry/forgotten.jsonl.")
+    for name in record["relocked"]:
+        print(f"data/eval/{name}.jsonl is locked anew: run 02 and 06 again; older scores do not compare.")
+
+
+@app.command()
 def compare(run_a: str, run_b: str, config: Config = "project.yaml") -> None:
     """Run B against run A, paired on every set that both answered; refused where rows, sets or contract differ."""
     from slm.report import compare as comparison

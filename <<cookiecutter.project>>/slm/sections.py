@@ -110,6 +110,9 @@ class Curate(Section):
     review_sample: int = Field(40, ge=0)  # rows drawn at random into the queue, so that kappa is measured fairly
     review_most: int = Field(50, ge=1)  # rows queued for each reason at most
     cluster_share: float = Field(0.3, gt=0, le=1)  # a cluster with more of the rows than this is warned of
+    # Rows refused for where they come from: a value, or key=value, of `source` or of the provenance (license, teacher,
+    # imported, consent, …). A production row whose provenance says nothing of consent counts as consent=false.
+    restricted_sources: list[str] = ["consent=false"]
     privacy: Literal["patterns", "presidio"] = "patterns"  # presidio: names and numbers by a language model too
     spacy_models: dict[str, str] = {"en": "en_core_web_sm"}  # language -> installed spaCy model, for presidio
 
@@ -240,6 +243,7 @@ class Production(Section):
     """Logs of the released model (flywheel): evaluation first, training second."""
 
     logs: str = "data/raw/production_logs.sample.jsonl"
+    scrub: Literal["auto", "patterns", "presidio"] = "auto"  # auto: names too, by presidio, where that is installed
     random_share: float = Field(0.1, ge=0, le=1)  # of the unremarkable requests, for a person to look at
     holdout_first: int = Field(8, ge=0)  # corrected failures that the holdout gets before training gets any
     eval_share: float = Field(0.5, gt=0, le=1)  # of the groups after that; the rest are training candidates

@@ -38,8 +38,9 @@ def folder(project):
 
     settings, merged, files = project
     settings = load_settings(start=settings.root, run_id="t", overrides={"evaluate.max_new_tokens": 48})
+    settings.path("client/requests.jsonl.1").write_text("a log that must not be handed out\n")
     written = write_client(settings, SHORT, merged, files[0].path)
-    assert [f.name for f in written] == ["README.md", "client.py", "contract.json", "request.json"]
+    assert [f.name for f in written] == ["README.md", "client.py", "contract.json", "log.py", "request.json"]
     return written[0].parent
 
 
@@ -183,6 +184,21 @@ def test_a_bad_answer_is_an_error(client, lying, content, finish, status, proble
     address, _ = lying(content, finish, status)
     with pytest.raises(client.ClientError, match=problem):
         client.ask(client.load() | {"url": address}, "x")
+
+
+def test_every_request_reaches_the_log(client, lying):
+    """Guards against a log of successes: a broken answer is what the flywheel learns from."""
+    lines, contract = [], client.load()
+    log = type("Log", (), {"write": lambda self, *facts, **more: lines.append((*facts, more))})()
+    good, bad = lying('{"colour": "red", "sure": true}')[0], lying("Red, I think.")[0]
+    client.ask(contract | {"url": good}, "Blood.", log, consent=True)
+    for url in (bad, "http://127.0.0.1:9/v1"):
+        with pytest.raises(client.ClientError):
+            client.ask(contract | {"url": url}, "Blood.", log, consent=False, group="c1")
+    assert [(text, output, ok) for text, output, _, ok, _ in lines] == [
+        ("Blood.", '{"colour": "red", "sure": true}', True), ("Blood.", "Red, I think.", False), ("Blood.", "", False),
+    ]  # fmt: skip
+    assert lines[0][2] > 0 and lines[1][4] == {"consent": False, "group": "c1"} and contract["version"] == "t f16"
 
 
 def test_older_form_of_constraint_is_tried(client, lying):

@@ -65,11 +65,11 @@ def count(conversations):
     return [sum(len(m["content"].split()) for m in messages) for messages in conversations]
 
 
-def gates_of(tmp_path, rows, hidden=(), **options):
+def gates_of(tmp_path, rows, hidden=(), own=None, **options):
     """The gate that refused each row, or None."""
     file = write_rows(tmp_path / "rows.jsonl", rows)
     secret = frozenset(run for text in hidden for run in runs(words(text)))
-    judged = judge(Local(Job(settings(tmp_path), CONTRACT, secret=secret, **options), list(chunks(file))))
+    judged = judge(Local(Job(settings(tmp_path, **own or {}), CONTRACT, secret=secret, **options), list(chunks(file))))
     return [(v := judged.verdicts.get(n)) and v.gate for n in range(len(rows))]
 
 
@@ -167,6 +167,20 @@ def test_personal_data_is_proven_by_check_sums(text, kind):
     """A card number that passes Luhn must go; a number that only looks like one must stay."""
     hit = privacy.find(text)
     assert (hit is None) if kind is None else (hit is not None and kind in hit[0])
+
+
+def test_restricted_sources_are_refused_and_no_decision_overrules_that(tmp_path):
+    """Rows under a licence that forbids it, or of customers who never agreed, in the training data."""
+    rows = [
+        row(message(1), provenance={"license": "CC-BY-NC-4.0"}), row(message(2), source="production"),
+        row(message(3), source="production", provenance={"consent": True}), row(message(4), provenance={"consent": False}),
+        row(message(5), provenance={"imported": "forum.csv"}), row(message(6), source="human", provenance={"consent": "yes"}),
+    ]  # fmt: skip
+    own = {"restricted_sources": ["consent=false", "license=cc-by-nc-4.0", "forum.csv"]}
+    accepted = {rows[0].id: Decision(id=rows[0].id, decision="accept", reviewer="A")}
+    found = gates_of(tmp_path, rows, own=own, decisions=accepted)
+    assert found == ["restricted_source"] * 2 + [None] + ["restricted_source"] * 2 + [None]
+    assert gates_of(tmp_path, rows, own={"restricted_sources": []}) == [None] * 6
 
 
 def test_personal_data_is_not_repeated_in_the_evidence():

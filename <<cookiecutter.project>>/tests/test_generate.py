@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slm import cost
 from slm.contract import Contract
+from slm.curate.gates import restricted
 from slm.errors import SlmError
 from slm.generate import (
     Request, acceptance, estimate, feasibility, generate, grid, label_values, languages, plan, spending, teacher,
@@ -533,6 +534,18 @@ def schema_file(tmp_path):
 
 
 COLUMNS = "user=text,answer.label=intent,answer.sure=sure,answer.order=order,category=intent"
+
+
+def test_import_keeps_licence_and_consent_of_each_row(tmp_path):
+    """Guards against rows of customers whose consent is lost on the way in, so that nothing can refuse them."""
+    settings = project(tmp_path)
+    schema_file(tmp_path)
+    file = tmp_path / "mine.csv"
+    file.write_text("text,answer,terms,agreed\nhello there,{},CC-BY-4.0,Yes\ngood bye,{},,no\n", "utf-8")
+    path, _ = import_rows(settings, str(file), "user=text,answer=answer,license=terms,consent=agreed", "production")
+    facts = [{k: r.meta.provenance[k] for k in ("license", "consent")} for r in read_rows(path)]
+    assert facts == [{"license": "cc-by-4.0", "consent": "yes"}, {"license": "", "consent": "no"}]
+    assert [bool(restricted(r, ["consent=false"])) for r in read_rows(path)] == [False, True]
 
 
 def test_import_of_csv_builds_answers_of_the_schema(tmp_path):

@@ -33,7 +33,8 @@ def read_decisions(settings) -> dict[str, Decision]:
         except ValidationError as error:
             raise SlmError(f"{path}:{number}: {explain(error)}. Mend or remove that line.") from None
         found[decision.id] = decision
-    return found
+    why = {"decision": "reject", "reviewer": "python -m slm forget", "reason": "was forgotten, and must not come back"}
+    return found | {i: Decision(id=i, **why) for tomb in registry.read(settings, "forgotten") for i in tomb["rows"]}
 
 
 def decide(settings, decision: Decision) -> Decision:

@@ -92,6 +92,8 @@ def judge_row(job: Job, c: Candidate, said: list[str]) -> Verdict | None:
     if word and word.decision == "reject":
         evidence = {"reviewer": word.reviewer, "time": word.time}
         return Verdict("human_review", word.reason or f"refused by {word.reviewer}", evidence)
+    if verdict := gates.restricted(c.row, job.settings.curate.restricted_sources):
+        return verdict
     verdict, value, _ = job.answer(c.row.answer)
     if verdict is None and not job.spared(c.row):
         verdict = gates.checked(c.row, dict(value), job.checks) or gates.leaked(c.row, said, job.secret)
@@ -224,7 +226,7 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
     for place, known in enumerate(ids):
         if known is None or (other := first.setdefault(known, place)) == place:
             continue
-        early = place in verdicts and verdicts[place].gate in (*READING, "human_review")
+        early = place in verdicts and verdicts[place].gate in (*READING, "human_review", "restricted_source")
         if not early and fetch(other)[0].messages != fetch(place)[0].messages:
             where = f"{at(other).name}:{at(other).line}"
             refuse(place, Verdict("schema_validity", f"its id is already that of {where}", {"id": known}))
@@ -271,7 +273,8 @@ def judge(machine, extra: list[tuple[str, Callable]] = ()) -> Judged:
 
 def funnel(job: Job, extra: list[str], left: int, lost: Counter) -> list[dict]:
     """A record per gate, in their order: rows in, rejected and out."""
-    order = [*(("human_review",) if lost["human_review"] else ()), *READING, "check", "leaked_instructions", "personal_data"]
+    order = [name for name in ("human_review", "restricted_source") if lost[name]]
+    order += [*READING, "check", "leaked_instructions", "personal_data"]
     order += ["length"] * (job.count_tokens is not None) + ["evaluation_leakage"] * (job.known is not None)
     steps = []
     for name in dict.fromkeys([*order, *extra, "label_consistency", "duplicates", "trivial"]):

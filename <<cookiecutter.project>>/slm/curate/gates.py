@@ -40,6 +40,15 @@ _PLACEHOLDER = re.compile(
 )
 
 
+def restricted(row: Row, rules: list[str]) -> Verdict | None:
+    """The first of `rules` (a value, or key=value) that the row's source or provenance carries."""
+    known = {"source": row.meta.source, "consent": row.meta.source != "production", **row.meta.provenance}
+    known["consent"] = str(known["consent"]).lower() in ("true", "yes", "1")
+    carried = {text.lower() for key, value in known.items() for text in (f"{key}={value}", str(value))}
+    hit = next((rule for rule in rules if rule.lower() in carried), None)
+    return Verdict("restricted_source", f"its provenance says {hit}", {"rule": hit}) if hit else None
+
+
 def read_answer(answer: str, contract) -> tuple[Verdict | None, dict | None]:
     """Gates 1 to 3 on one answer, and the value read from it. json_validity: it holds no JSON. schema_validity: a field
     is missing, unknown or has a value that is not allowed. contract_validity: the JSON is right, but the answer is not

@@ -3,12 +3,18 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 from slm.curate.read import Verdict
 from slm.errors import SlmError
 from slm.rows import Row
 
+_SSN = re.compile(
+    r"(?<![\w.-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])"
+    r"|(?i:\b(?:ssn|social security)\b[^\d\n]{0,20})((?!000|666|9)\d{3}[ -]?(?!00)\d{2}[ -]?(?!0000)\d{4})(?!\d)"
+)
 _CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
+_ISSUER = re.compile(r"(?!(.)\1+$)(?:4|5[0-8]|2[2-7]|3[04-9]|6)")  # first digits of payment networks (ISO/IEC 7812)
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 _RESERVED = re.compile(r"(^|\.)(example\.(com|org|net)|example|test|invalid|localhost)$")
@@ -46,18 +52,26 @@ def _digits(text: str) -> str:
 KINDS = (
     ("a secret key", _KEYS, lambda key: True),
     ("a secret key", _NAMED, lambda key: entropy(key) >= 3.5 and any(c.isdigit() for c in key)),
-    ("a payment card number", _CARD, lambda card: len(set(_digits(card))) > 1 and luhn(_digits(card))),
+    ("a payment card number", _CARD, lambda card: bool(_ISSUER.match(_digits(card))) and luhn(_digits(card))),
     ("a bank account number", _IBAN, lambda iban: iban_valid(iban.replace(" ", ""))),
+    ("a US social security number", _SSN, lambda ssn: True),
     ("an international phone number", _PHONE, lambda phone: not _FICTION.search(_digits(phone))),
     ("an e-mail address outside the reserved domains (example.com)", _EMAIL,
      lambda email: not _RESERVED.search(email.rsplit("@", 1)[1].lower())),
 )  # fmt: skip
 
 
+def hits(text: str) -> Iterator[tuple[str, int, int]]:
+    """(what, start, end) of every piece of personal data or secret, kind by kind."""
+    for name, pattern, test in KINDS:
+        for hit in pattern.finditer(text):
+            if test(hit[hit.lastindex or 0]):
+                yield name, *hit.span(hit.lastindex or 0)
+
+
 def find(text: str) -> tuple[str, str] | None:
     """(what, the matching text) of the first piece of personal data or secret, or None."""
-    hits = ((name, hit[hit.lastindex or 0], test) for name, pattern, test in KINDS for hit in pattern.finditer(text))
-    return next(((name, found) for name, found, test in hits if test(found)), None)
+    return next(((name, text[start:end]) for name, start, end in hits(text)), None)
 
 
 def personal(rows: list[Row]) -> list[Verdict | None]:
@@ -70,14 +84,27 @@ def guessed(rows: list[Row], models: dict[str, str]) -> list[Verdict | None]:
     """detect-secrets on every row; presidio (names, phone, US social security and IP numbers) on those of customers and
     people, for a teacher's persons are invented, and only in the languages of `models` (language -> spaCy model): other
     names go unseen. It guesses, so a person may overrule it. Raises SlmError where a package or model is missing."""
+    look, verdicts = analyzer(models), []
+    for row in rows:
+        text = "\n".join(m.content for m in row.messages)
+        own = row.meta.source in ("human", "production") and row.meta.language in models
+        found = [(kind, text[start:end]) for kind, start, end in (look(text, row.meta.language) if own else ())]
+        found += secrets(text)
+        proof = {"kind": found[0][0], "phrase": f"{found[0][1][:4]}…"} if found else {}
+        verdicts.append(Verdict("personal_data_model", f"seems to hold {found[0][0]}", proof) if found else None)
+    return verdicts
+
+
+def analyzer(models: dict[str, str]) -> Callable[[str, str], list[tuple[str, int, int]]]:
+    """A function (text, language) -> [(kind, start, end)]: presidio's recognisers that hold outside the US and UK too.
+    Raises SlmError where a package or model is missing."""
     try:
+        import detect_secrets  # noqa: F401
         import presidio_analyzer as presidio
         import spacy
-        from detect_secrets.core.scan import scan_line
-        from detect_secrets.settings import default_settings
         from presidio_analyzer import nlp_engine, predefined_recognizers as known
     except ImportError as error:
-        raise SlmError(f"curate.privacy presidio: {error.name} is missing; pip install -e '.[privacy]'.") from None
+        raise SlmError(f"presidio: {error.name} is missing; pip install -e '.[privacy]'.") from None
     if absent := [name for name in models.values() if not spacy.util.is_package(name)]:
         raise SlmError(f"curate.spacy_models: {absent[0]} is not installed; install it or name another.")
     named = [{"lang_code": code, "model_name": name} for code, name in models.items()]
@@ -85,15 +112,19 @@ def guessed(rows: list[Row], models: dict[str, str]) -> list[Verdict | None]:
     chosen = [kind(supported_language=code) for code in models for kind in (known.PhoneRecognizer, known.IpRecognizer, known.UsSsnRecognizer)]
     chosen += [known.SpacyRecognizer(supported_language=code, supported_entities=["PERSON"]) for code in models]
     registry = presidio.RecognizerRegistry(chosen, supported_languages=[*models])
-    engine, verdicts = presidio.AnalyzerEngine(registry, nlp, supported_languages=[*models]), []
-    for row in rows:
-        text, found = "\n".join(m.content for m in row.messages), []
-        if row.meta.source in ("human", "production") and row.meta.language in models:
-            hits = engine.analyze(text, row.meta.language, score_threshold=0.4)
-            found = [(hit.entity_type.lower(), text[hit.start : hit.end]) for hit in hits]
-        with default_settings():  # its entropy detectors take any word for a secret
-            secrets = [s for line in text.splitlines() for s in scan_line(line) if "Entropy" not in s.type]
-        found += [(secret.type.lower(), secret.secret_value) for secret in secrets]
-        proof = {"kind": found[0][0], "phrase": f"{found[0][1][:4]}…"} if found else {}
-        verdicts.append(Verdict("personal_data_model", f"seems to hold {found[0][0]}", proof) if found else None)
-    return verdicts
+    engine = presidio.AnalyzerEngine(registry, nlp, supported_languages=[*models])
+
+    def look(text: str, code: str) -> list[tuple[str, int, int]]:
+        return [(h.entity_type.lower(), h.start, h.end) for h in engine.analyze(text, code, score_threshold=0.4)]
+
+    return look
+
+
+def secrets(text: str) -> list[tuple[str, str]]:
+    """(type, value) of what detect-secrets finds, without its entropy detectors, which take any word for a secret."""
+    from detect_secrets.core.scan import scan_line
+    from detect_secrets.settings import default_settings
+
+    with default_settings():
+        found = [secret for line in text.splitlines() for secret in scan_line(line)]
+    return [(secret.type.lower(), secret.secret_value) for secret in found if "Entropy" not in secret.type]

@@ -19,7 +19,8 @@ from slm.errors import SlmError
 from slm.generate.plan import judged
 from slm.rows import Row, digest
 
-PROVEN = ("json_validity", "schema_validity", "contract_validity", "length", "personal_data", "evaluation_leakage", "removed")
+PROVEN = ("json_validity", "schema_validity", "contract_validity", "length", "personal_data", "evaluation_leakage", "removed",
+          "restricted_source")  # fmt: skip
 WHY = ("sign-off", "judge refuses", "contradiction", "borderline", "high risk", "random sample")  # most pressing first
 BORDER = 0.05  # a similarity this close above its threshold is worth a look
 

@@ -18,8 +18,8 @@ from slm.errors import SlmError
 from slm.rows import iter_rows, replacing
 
 # What decides, besides the parents, which rows are accepted.
-DECIDING = ("data/raw/seed.jsonl", "data/raw/decisions.jsonl", "data/eval/*.jsonl", "registry/judge.jsonl", "task/contract.py",
-            "task/checks.py", "task/prompts.py")  # fmt: skip
+DECIDING = ("data/raw/seed.jsonl", "data/raw/decisions.jsonl", "data/eval/*.jsonl", "registry/judge.jsonl",
+            "registry/forgotten.jsonl", "task/contract.py", "task/checks.py", "task/prompts.py")  # fmt: skip
 STAGES = (
     (50, "seed set (50-200)", "settle what is asked and what an answer looks like"),
     (500, "first training run (500-2,000)", "see whether the behaviour can be learnt at all"),

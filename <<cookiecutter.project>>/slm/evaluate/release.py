@@ -51,6 +51,9 @@ def check(settings, run_id: str) -> list[Gate]:
     """All gates of a run, from its evaluation report and today's registry. Raises SlmError without a report, when a
     locked evaluation set has changed, when the model was trained again since, or when it was trained on an evaluation
     row."""
+    from slm.production.forget import refuse
+
+    refuse(settings, run_id)
     report, locked = load_report(settings, run_id), registry.check_locked(settings)
     for name, facts in report["sets"].items():
         if facts["hash"] != locked[name]:

@@ -24,7 +24,8 @@ def write_client(settings, contract, merged: Path, file: Path) -> list[Path]:
     prompt = render(tokenizer, contract.prompt(PROBE), add_generation_prompt=True)
     schema = _inlined(contract.schema)
     terms = {
-        "url": URL, "model": settings.project.name, "system": contract.system_prompt, "schema": schema,
+        "url": URL, "model": settings.project.name, "version": f"{settings.run_id} {file.stem.removeprefix('model-')}",
+        "system": contract.system_prompt, "schema": schema,
         "nfc": composes(tokenizer), "strip": read_turn(tokenizer).trims, "sampling": {
             **export.model_dump(include={"temperature", "top_p", "repeat_penalty"}), "seed": 0,
             "max_tokens": settings.evaluate.max_new_tokens, "stop": stop_texts(tokenizer, merged)[:4],
@@ -34,4 +35,5 @@ def write_client(settings, contract, merged: Path, file: Path) -> list[Path]:
     request = {"model": terms["model"], "messages": contract.prompt(PROBE), **terms["sampling"]}
     write_json(folder / "contract.json", terms)
     write_json(folder / "request.json", request | {"response_format": held})
-    return sorted(Path(shutil.copytree(folder, file.parent / "client", dirs_exist_ok=True)).glob("*.*"))
+    logs = shutil.ignore_patterns("*.jsonl*", "__pycache__")  # what customers wrote is no part of a release
+    return sorted(Path(shutil.copytree(folder, file.parent / "client", dirs_exist_ok=True, ignore=logs)).glob("*.*"))

@@ -10,6 +10,7 @@ from slm.errors import SlmError
 from slm.rows import Row, explain, from_any, iter_lines, make_row, replacing
 
 CONTENT = ("messages", "instruction", "input", "output", "prompt", "chosen", "rejected")
+TERMS = ("license", "consent")
 FACTS = ("category", "kind", "difficulty", "language", "group")
 SHOWN = 5  # bad lines that are named before the import gives up
 
@@ -17,8 +18,9 @@ SHOWN = 5  # bad lines that are named before the import gives up
 def import_rows(settings, file: str, columns="", source="human", out="", split="train") -> tuple[Path, int]:
     """Write the rows of a file, a folder saved by `datasets`, or a set on the Hub to `out` (data/generated/<name>.jsonl);
     returns it and the number of rows. `columns` is "target=column,…": user, answer or answer.<field>, the fields of the
-    four formats, category, kind, difficulty, language, group; without it each record is one of the four formats. Raises
-    SlmError with file:line (Parquet, datasets: row) of the first bad lines. No file is replaced or half written."""
+    four formats, category, kind, difficulty, language, group, license, consent; without it each record is one of the
+    four formats. Raises SlmError with file:line (Parquet, datasets: row) of the first bad lines. No file is replaced or
+    half written."""
     wanted = _columns(columns)
     target = settings.path(out or f"data/generated/{Path(file).stem if Path(file).exists() else Path(file).name}.jsonl")
     if target.exists():
@@ -31,6 +33,8 @@ def import_rows(settings, file: str, columns="", source="human", out="", split="
             try:
                 row = _row(record, wanted, schema, {"category": "all", "source": source})
                 row = row.noted(provenance={"batch": target.stem, "imported": Path(file).name, "line": number})
+                terms = {name: str(record[wanted[name]]).lower() for name in TERMS if name in wanted}
+                row = row.noted(provenance=terms)
                 row = row.model_copy(update={"id": f"{row.id}-{number}"}) if row.id in seen else row
                 stream.write(json.dumps(row.model_dump(exclude_none=True), ensure_ascii=False).encode() + b"\n")
                 seen.add(row.id)
@@ -45,7 +49,7 @@ def import_rows(settings, file: str, columns="", source="human", out="", split="
 
 def _columns(text: str) -> dict[str, str]:
     wanted = {t.strip(): c.strip() for t, _, c in (part.partition("=") for part in text.split(",") if part.strip())}
-    known = ("user", "answer", *FACTS, *CONTENT)
+    known = ("user", "answer", *FACTS, *TERMS, *CONTENT)
     for target, column in wanted.items():
         if not column or target not in known and not target.startswith("answer."):
             raise SlmError(f"--columns {target}={column}: write target=column; targets: answer.<field>, {', '.join(known)}.")

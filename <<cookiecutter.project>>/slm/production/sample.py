@@ -111,6 +111,7 @@ def _row(contract: Contract, line: LogLine) -> tuple[Row | None, str]:
     if not failed and output.value == right.value:
         return None, ""
     provenance = {"request_id": line.request_id, "model_version": line.model_version, "time": line.time.isoformat()}
+    provenance |= {"consent": line.consent, "license": line.license}
     meta = {"kind": "production_like", "source": "production", "group": _pseudonym(line), "provenance": provenance}
     label = contract.label(right.value) or "all"
     return make_row(line.input, contract.dump(right.value), category=label, **meta), ""
