@@ -21,7 +21,7 @@ from slm.train import callbacks, encode, load_tokenizer, recipe, sft_arguments, 
 from slm.train.adviser import advise
 from slm.train.callbacks import SHARE, general_loss, task_metric
 from slm.train.encode import Example, stop_ids
-from slm.train.load import load_trl
+from slm.train.load import load
 from slm.train.sanity import sanity
 
 project = test_train.project
@@ -229,7 +229,7 @@ def test_the_general_probe_moves_when_the_weights_do(project):
     """Guards against a probe that reads nothing."""
     import torch
 
-    model, tokenizer = load_trl(settings_of(project, method="full")), load_tokenizer(settings_of(project))
+    model, tokenizer = load(settings_of(project, method="full")), load_tokenizer(settings_of(project))
     before = general_loss(model, tokenizer)
     torch.nn.init.normal_(model.lm_head.weight)
     assert 10 < before < 12 and general_loss(model, tokenizer) > before + 1
@@ -250,7 +250,7 @@ def test_a_row_of_an_evaluation_set_is_never_trained_on_or_chosen_by(project):
 def test_the_memory_estimate_counts_what_is_really_there(project):
     """Guards against an estimate that has nothing to do with the model."""
     examples = [Example("a", [1] * 100, [-100] * 50 + [1] * 50)]
-    model = load_trl(settings_of(project))
+    model = load(settings_of(project))
     base = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n)
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     need = recipe.memory(settings_of(project), examples)
