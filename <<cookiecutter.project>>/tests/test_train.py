@@ -258,11 +258,11 @@ print(record["metrics"]["steps"], record["trainer"])
 
 
 def start(project, run_id="r1", **overrides):
-    """Train in a process of its own, the first of a group."""
+    """Train in a process of its own."""
     root = str(Path(__file__).resolve().parents[1])
     overrides = {f"train.{k}": v for k, v in overrides.items()}
     code = SCRIPT.format(root=root, project=str(project), run_id=run_id, overrides=overrides)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "2"}, **pipes)
 
 

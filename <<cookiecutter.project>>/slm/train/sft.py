@@ -61,8 +61,9 @@ def adapter_folder(settings) -> Path:
 
 def train(settings, contract, resume: bool = True) -> dict:
     """Train, save to outputs/adapters/<run_id> and record the run; returns its line of registry/runs.jsonl. A killed
-    run goes on from its newest checkpoint when recipe, rows, contract and template are the same. Out of memory, it
-    goes on with half the rows at once and as many per step. Whatever ends it, the record is closed."""
+    run goes on from its newest checkpoint when recipe, rows, contract, template and the number of processes are the
+    same. Out of memory, it goes on with half the rows at once and as many per step. Whatever ends it, the record is
+    closed."""
     record, begin = head(settings), time.perf_counter()
     try:
         import_trainer(settings)
@@ -183,7 +184,7 @@ def newest_checkpoint(folder: Path, mark: str) -> Path | None:
     marker = folder / "recipe.json"
     if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")).get("hash") != mark:
         if any(folder.glob("checkpoint-*")):
-            _say(f"{folder}: checkpoints of another recipe or other rows; starting afresh.")
+            _say(f"{folder}: checkpoints of another recipe, other rows or more or fewer processes; starting afresh.")
         return None
     complete = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
     return max(complete, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
@@ -245,7 +246,7 @@ def _facts(settings, contract, tokenizer) -> dict:
     facts["base_hash"] = base_hash(settings)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=settings.root, capture_output=True, text=True, check=False)
     return head(settings) | {
-        "recipe_hash": recipe_hash(settings, **facts),
+        "recipe_hash": recipe_hash(settings, processes=processes(), **facts),
         "parents": {"dataset": known[-1]["version"] if known else None, "base": settings.model.base, **facts},
         "commit": commit.stdout.strip() or None, "packages": {name: _version(name) for name in PACKAGES},
         "seeds": {"train": settings.train.seed, "split": settings.curate.seed}, "device": in_force(settings)["device"],
