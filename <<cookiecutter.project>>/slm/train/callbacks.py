@@ -1,10 +1,12 @@
 """What is watched while training: the task metric, numbers gone wrong, the trackers' local homes, log and loss curve."""
 
 import csv
+import importlib
 import io
 import math
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from slm.errors import SlmError
@@ -24,28 +26,77 @@ PROBE = {  # everyday questions: their loss before and after shows what a narrow
     "What is two plus three?": "Two plus three is five.",
     "Why do people sleep?": "People sleep so that their body and mind can rest and recover.",
 }
+FORGOTTEN = 0.4  # rise of that loss (nats per token) from which a model counts as having forgotten; a rule of thumb
 
 
 def set_tracker(settings) -> None:
-    """Environment of the chosen tracker: files inside the project, W&B offline unless logged in, no telemetry.
-    Variables that the user has set stay as they are."""
-    home = settings.path(f"outputs/tracking/{settings.tracker}")
-    env = {"DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    if settings.tracker == "wandb":
-        netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-        known = netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
-        env |= {"WANDB_MODE": "online" if known or os.environ.get("WANDB_API_KEY") else "offline", "WANDB_DIR": str(home),
-                "WANDB_PROJECT": settings.project.name, "WANDB_ERROR_REPORTING": "false", "WANDB_LOG_MODEL": "false",
-                "WANDB_SILENT": "true"}  # fmt: skip
-    elif settings.tracker == "mlflow":
-        env |= {"MLFLOW_TRACKING_URI": home.as_uri(), "MLFLOW_EXPERIMENT_NAME": settings.project.name,
-                "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}  # fmt: skip
-    elif settings.tracker == "trackio":
-        env |= {"TRACKIO_DIR": str(home), "TRACKIO_PROJECT": settings.project.name}
-    if settings.tracker != "csv":
+    """Environment of the chosen tracker: files inside the project, W&B offline unless logged in and without console,
+    command line or the repository's address, no telemetry. Variables that the user has set stay as they are."""
+    home, netrc = settings.path(f"outputs/tracking/{settings.tracker}"), Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    known = "WANDB_API_KEY" in os.environ or netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
+    own = {
+        "wandb": {"WANDB_MODE": "online" if known else "offline", "WANDB_DIR": str(home), "WANDB_ERROR_REPORTING": "false",
+                  "WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_DISABLE_GIT": "true", "WANDB__DISABLE_META": "true"},
+        "mlflow": {"MLFLOW_TRACKING_URI": home.as_uri(), "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"},
+        "trackio": {"TRACKIO_DIR": str(home)},
+    }.get(settings.tracker, {})  # fmt: skip
+    if own:
         home.mkdir(parents=True, exist_ok=True)
-    for key, value in env.items():
+    for key, value in {"DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1", **own}.items():
         os.environ.setdefault(key, value)
+
+
+@contextmanager
+def track(settings, record: dict, name: str):
+    """Callbacks (none for csv, or beside the first process) that give the tracker each logged number under the name that
+    training_log.csv has. Its run `name` holds the whole run record so far, the folders of config and report, and ends
+    as this one does. Raises SlmError when it does not start; one that fails later is left behind with a warning."""
+    if settings.tracker == "csv" or os.environ.get("RANK", "0") != "0":
+        yield []
+        return
+    set_tracker(settings)
+    from transformers import TrainerCallback
+
+    project, dead, code = settings.project.name, [], 1
+    config = flat(record) | {"config": f"outputs/adapters/{settings.run_id}/settings.yaml",
+                             "report": f"outputs/eval_reports/{settings.run_id}/eval_report.md"}  # fmt: skip
+    try:
+        api = importlib.import_module(settings.tracker)
+        if settings.tracker == "mlflow":
+            api.set_experiment(project)
+            api.start_run(run_name=name)
+            api.log_params(config)
+            log, end = api.log_metrics, lambda code: api.end_run("FAILED" if code else "FINISHED")
+        else:
+            more = {} if settings.tracker == "wandb" else {"embed": False}  # no dashboard in the notebook
+            run = api.init(project=project, name=name, config=config, **more)
+            log, end = run.log, lambda code: run.finish(*[] if more else [code])
+    except Exception as error:  # a dozen types: no package, no account, no server
+        mend = "install the extra `track`, log in, or set tracker csv"
+        raise SlmError(f"tracker {settings.tracker}: it does not start ({type(error).__name__}); {mend}.") from error
+
+    def send(call, *given) -> None:
+        try:
+            None if dead else call(*given)
+        except Exception as error:
+            dead.append(error)
+            print(f"WARNING: tracker {settings.tracker} failed ({type(error).__name__}); training goes on without it.")
+
+    class Log(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            send(log, {key: value for key, value in logs.items() if isinstance(value, (int, float))}, state.global_step)
+
+    try:
+        yield [Log()]
+        code = 0
+    finally:
+        send(end, code)
+
+
+def flat(tree: dict, stem: str = "") -> dict[str, str]:
+    """{"parents": {"base": "tiny"}} -> {"parents.base": "tiny"}."""
+    parts = (flat(v, f"{stem}{k}.") if isinstance(v, dict) else {f"{stem}{k}": str(v)} for k, v in tree.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def watch(enough: float = 0.0):
