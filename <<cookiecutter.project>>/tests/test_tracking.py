@@ -19,7 +19,7 @@ from test_train import SMOKE, contract, row, settings_of
 from slm import registry
 from slm.errors import SlmError
 from slm.rows import write_rows
-from slm.train import train
+from slm.train import callbacks, train
 from slm.train.callbacks import track
 
 project = test_train.project
@@ -184,7 +184,7 @@ def fake(monkeypatch, run=None, error=None):
             raise error
         return run
 
-    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init))
+    monkeypatch.setattr(callbacks, "importlib", SimpleNamespace(import_module=lambda name: SimpleNamespace(init=init)))
 
 
 def test_a_tracker_that_fails_on_the_way_does_not_end_the_training(project, monkeypatch, capsys):

@@ -204,7 +204,8 @@ def write_log(history: list[dict], path: Path) -> Path:
 
 
 def plot_loss(history: list[dict], path: Path) -> Path:
-    """The loss on training batches and on dev_internal over the steps, as a PNG file."""
+    """The loss on training batches and on dev_internal over the steps, and the task metric where it was asked for, as
+    a PNG file."""
     from slm.curate.plots import figure, save
 
     drawn, axes = figure(7, 3.5)
@@ -213,6 +214,10 @@ def plot_loss(history: list[dict], path: Path) -> Path:
         axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per answer token)")
     axes.set_ylim(bottom=0)
-    axes.legend()
     axes.grid(alpha=0.3)
+    if task := [(e["step"], e["eval_task"]) for e in history if "eval_task" in e]:
+        right = axes.twinx()
+        right.plot(*zip(*task, strict=True), "s--", color="C2", label="dev_internal, task metric (right)", markersize=4)
+        right.set(ylabel="task metric, real answers", ylim=(0, 1.02))
+    drawn.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return save(drawn, path)
