@@ -58,8 +58,8 @@ def track(settings, record: dict, name: str):
     from transformers import TrainerCallback
 
     project, dead, code = settings.project.name, [], 1
-    config = flat(record) | {"config": f"outputs/adapters/{settings.run_id}/settings.yaml",
-                             "report": f"outputs/eval_reports/{settings.run_id}/eval_report.md"}  # fmt: skip
+    paths = {"config": "outputs/adapters/{}/settings.yaml", "report": "outputs/eval_reports/{}/eval_report.md"}
+    config = flat(record | {name: path.format(settings.run_id) for name, path in paths.items()})
     try:
         api = importlib.import_module(settings.tracker)
         if settings.tracker == "mlflow":
@@ -72,8 +72,8 @@ def track(settings, record: dict, name: str):
             run = api.init(project=project, name=name, config=config, **more)
             log, end = run.log, lambda code: run.finish(*[] if more else [code])
     except Exception as error:  # a dozen types: no package, no account, no server
-        mend = "install the extra `track`, log in, or set tracker csv"
-        raise SlmError(f"tracker {settings.tracker}: it does not start ({type(error).__name__}); {mend}.") from error
+        said = f"it does not start ({type(error).__name__}); install the extra `track`, log in, or set tracker csv."
+        raise SlmError(f"tracker {settings.tracker}: {said}") from error
 
     def send(call, *given) -> None:
         try:
