@@ -12,6 +12,7 @@ from slm import registry
 from slm.errors import SlmError
 from slm.models import base_folder
 from slm.rows import digest
+from slm.train.callbacks import set_tracker
 
 PATIENCE = 3  # evaluations without a better dev loss before early stopping
 CPU_FLOPS, GPU_FLOPS = 1.2e11, 1.0e14  # rough, per core and per card, for an estimate before the first measured run
@@ -23,10 +24,10 @@ def processes() -> int:
 
 
 def import_trainer(settings) -> None:
-    """Import Unsloth where it is chosen: it patches transformers, TRL and PEFT, so it must come before them."""
+    """Import Unsloth where it is chosen: it patches transformers, TRL and PEFT, so it must come before them. Even before
+    that, the tracker's environment: Trackio reads it when TRL imports it."""
+    set_tracker(settings)
     if settings.train.trainer == "unsloth":
-        if settings.preference.method:  # it would tune with trainers that Unsloth has patched
-            raise SlmError('preference.method: preference tuning needs train.trainer trl; set that, or preference.method "".')
         try:
             import unsloth  # noqa: F401
         except (ImportError, NotImplementedError) as error:
@@ -67,7 +68,6 @@ def sft_arguments(settings, out: Path, rows: int) -> dict:
         raise SlmError(f"train.save_steps {recipe.save_steps}: make it a multiple of eval_steps {recipe.eval_steps}.")
     steps = total_steps(settings, rows)
     return shared_arguments(settings, out) | {
-        "run_name": settings.run_id, "report_to": [] if settings.tracker == "csv" else [settings.tracker],
         # rows
         "packing": force["packing"],
         "dataset_kwargs": {"skip_prepare_dataset": not force["packing"]},  # our tokens, as they are
@@ -89,7 +89,7 @@ def shared_arguments(settings, out: Path) -> dict:
     """The keyword arguments that `SFTConfig` and `DPOConfig` have in common."""
     recipe, force = settings.train, in_force(settings)
     return {
-        "output_dir": str(out), "max_length": recipe.max_seq_length, "max_steps": recipe.max_steps,
+        "output_dir": str(out), "report_to": [], "max_length": recipe.max_seq_length, "max_steps": recipe.max_steps,
         "per_device_train_batch_size": recipe.batch_size_per_device,
         "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         "lr_scheduler_type": recipe.lr_scheduler, "warmup_steps": recipe.warmup_ratio,  # below 1: a share of all steps

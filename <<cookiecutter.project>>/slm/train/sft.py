@@ -1,9 +1,9 @@
 """Supervised fine-tuning: checks first, then train, resume, save, record. A run that fails is closed as failed."""
 
-import errno
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -18,7 +18,7 @@ from slm.errors import SlmError
 from slm.evaluate import baselines
 from slm.models import base_hash
 from slm.rows import Row, digest, read_rows, write_json, write_text
-from slm.train.callbacks import general_loss, plot_loss, set_tracker, task_metric, watch, write_log
+from slm.train.callbacks import general_loss, plot_loss, task_metric, track, watch, write_log
 from slm.train.cpu import patch_trl
 from slm.train.encode import Example, encode, load_tokenizer, preview, stop_ids
 from slm.train.recipe import (
@@ -71,7 +71,8 @@ def train(settings, contract, resume: bool = True) -> dict:
         tokenizer = load_tokenizer(settings)
         examples = prepare(settings, contract, tokenizer, rows)
         record = _facts(settings, contract, tokenizer)
-        settings, metrics = fit(settings, contract, tokenizer, rows, examples, record["recipe_hash"], resume)
+        with track(settings, record, settings.run_id) as tracking:
+            settings, metrics = fit(settings, contract, tokenizer, rows, examples, record["recipe_hash"], resume, also=tracking)
         metrics["longest_row"] = max(len(e.input_ids) for e in examples["train"])
     except BaseException as error:
         failed = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
@@ -102,16 +103,16 @@ def prepare(settings, contract, tokenizer, rows: dict[str, list[Row]]) -> dict[s
     return examples
 
 
-def fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float = 0.0) -> tuple:
+def fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float = 0.0, also=()) -> tuple:
     """Train and save; the settings that went through, and the metrics. `mark` names what a checkpoint must be of; below
-    a training loss of `enough` it ends early. Raises SlmError when memory or disk run out."""
+    a training loss of `enough` it ends early; `also` are more callbacks. Raises SlmError when memory or disk run out."""
     plan = estimate(settings, examples["train"])
     _say(f"{plan['steps']} steps, about {plan['minutes']} minutes ({plan['speed']}), memory {plan['memory']}")
     while True:
         try:
-            return settings, _fit(settings, contract, tokenizer, rows, examples, mark, resume, enough)
+            return settings, _fit(settings, contract, tokenizer, rows, examples, mark, resume, enough, also)
         except Exception as error:
-            if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in str(error):
+            if re.search("No space left|inline_container|iostream", str(error)):  # the last two: what torch.save says
                 raise SlmError(f"{adapter_folder(settings)}: no room on this disk; make some and run again.") from error
             if not out_of_memory(error) or processes() > 1:
                 raise
@@ -131,14 +132,13 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
-def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float) -> dict:
+def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float, also) -> dict:
     from datasets import Dataset
     from transformers import EarlyStoppingCallback
     from trl import SFTConfig
 
     from slm.train.load import load, script
 
-    set_tracker(settings)
     if settings.train.trainer == "trl":  # Unsloth brings its own
         patch_trl()
     out = adapter_folder(settings)
@@ -154,7 +154,7 @@ def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool,
         Dataset.from_dict({"input_ids": [e.input_ids for e in part], "labels": [e.labels for e in part]})
         for part in (examples["train"], sorted(examples["dev_internal"], key=lambda e: len(e.input_ids)))
     )
-    recipe, watching, looks = settings.train, [watch(enough)], None
+    recipe, watching, looks = settings.train, [watch(enough), *also], None
     if recipe.early_stopping_metric == "task":
         watching.append(looks := task_metric(settings, contract, tokenizer, stop_ids(settings, tokenizer), rows["dev_internal"]))
     if recipe.early_stopping:
@@ -162,17 +162,19 @@ def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool,
     trainer = script(settings).make_trainer(load(settings), arguments, tokenizer, train, dev, watching)
     if looks:
         looks.trainer = trainer
-    before, begin = general_loss(trainer.model, tokenizer) if processes() == 1 else None, time.perf_counter()
+    before, begin, saved = general_loss(trainer.model, tokenizer) if processes() == 1 else None, time.perf_counter(), False
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         metrics = _metrics(trainer.state, time.perf_counter() - begin) | (looks.summary() if looks else {})
         if processes() == 1:
             metrics |= {"general_loss_first": before, "general_loss_final": general_loss(trainer.model, tokenizer)}
         save(settings, trainer, tokenizer)
+        saved = True
     finally:
-        if trainer.is_world_process_zero():
-            write_log(trainer.state.log_history, out / "training_log.csv")
-            plot_loss(trainer.state.log_history, out / "training_loss.png")
+        if trainer.is_world_process_zero():  # an earlier run's adapter keeps its log when this one fails
+            beside = out if saved or not (out / "settings.yaml").is_file() else checkpoints
+            write_log(trainer.state.log_history, beside / "training_log.csv")
+            plot_loss(trainer.state.log_history, beside / "training_loss.png")
     trainer.accelerator.wait_for_everyone()  # the others may still read the best checkpoint
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
