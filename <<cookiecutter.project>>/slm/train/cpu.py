@@ -8,6 +8,8 @@ def patch_trl() -> None:
 
     if not torch.cuda.is_available():
         utils._ChunkedLogProbFunction = PlainLogProbs
+        # Several processes: accelerate calls their device cpu:0, which torch.load does not know when a run is resumed.
+        torch.serialization.register_package(50, lambda _: None, lambda data, where: data if where.startswith("cpu:") else None)
 
 
 class PlainLogProbs:

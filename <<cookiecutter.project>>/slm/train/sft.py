@@ -150,6 +150,7 @@ def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool,
     elif start is not None:
         _say(f"resuming from {start.relative_to(settings.root)}")
     arguments = SFTConfig(**sft_arguments(settings, checkpoints, len(examples["train"])))  # gives each process its device
+    arguments.eval_on_start = start is None  # a resumed run has looked already: twice would count against its patience
     train, dev = (
         Dataset.from_dict({"input_ids": [e.input_ids for e in part], "labels": [e.labels for e in part]})
         for part in (examples["train"], sorted(examples["dev_internal"], key=lambda e: len(e.input_ids)))
