@@ -197,7 +197,7 @@ def test_looks_thin_themselves_to_a_tenth_of_the_training_time(project, monkeypa
 
 def test_checkpoints_are_compared_on_the_rows_that_both_answered(project, monkeypatch):
     """Guards against a checkpoint that wins because its look took easier rows; ties go to the lower loss, so the first."""
-    watching, given, rows = looks(project, monkeypatch, lambda s, n: n in (0, 4), seconds_per_row=1.4, step_seconds=60)
+    watching, given, rows = looks(project, monkeypatch, lambda s, n: n in (0, 4), seconds_per_row=1.3, step_seconds=60)
     assert rows[0] == 4 and max(rows) == 5  # the fifth row is right, and no reason to take a later checkpoint
     assert watching.summary()["best_step"] == 1 and given[1] == pytest.approx(0.25, abs=1e-5)
     better, _, _ = looks(project, monkeypatch, lambda s, n: s == 3, seconds_per_row=0.1, step_seconds=60)

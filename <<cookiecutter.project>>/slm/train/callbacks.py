@@ -17,7 +17,7 @@ from slm.train.encode import render
 
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "eval_task", "eval_task_rows", "learning_rate", "grad_norm",
            "mean_token_accuracy", "num_tokens")  # fmt: skip
-SHARE = 0.1  # of the training time, that looks at the task metric may take
+SHARE = 0.095  # of the training time, that looks at the task metric may take: a tenth, and a look ends a little late
 PROBE = {  # everyday questions: their loss before and after shows what a narrow training has overwritten
     "What is the capital of France?": "The capital of France is Paris.",
     "How many days are in a week?": "There are seven days in a week.",
@@ -213,11 +213,11 @@ def plot_loss(history: list[dict], path: Path) -> Path:
         points = [(e["step"], e[key]) for e in history if key in e]
         axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per answer token)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
     if task := [(e["step"], e["eval_task"]) for e in history if "eval_task" in e]:
         right = axes.twinx()
         right.plot(*zip(*task, strict=True), "s--", color="C2", label="dev_internal, task metric (right)", markersize=4)
-        right.set(ylabel="task metric, real answers", ylim=(0, 1.02))
+        right.set(ylabel="task metric, real answers", ylim=(0, 1.03))
     drawn.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return save(drawn, path)
