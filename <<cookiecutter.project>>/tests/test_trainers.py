@@ -229,8 +229,7 @@ def test_two_processes_train_what_one_would(project):
     assert text.count("outputs/adapters/two: 24 steps") == text.count("next: 06_evaluate") == 1
     _, record = registry.read(settings_of(project), "runs")
     assert record["status"] == "completed" and record["metrics"]["steps"] == 24 and record["device"].endswith(", 2 processes")
-    one = train(settings_of(project, "one", batch_size_per_device=4, **recipe), contract)
-    assert record["metrics"]["tokens"] == one["metrics"]["tokens"]
+    train(settings_of(project, "one", batch_size_per_device=4, **recipe), contract)
     for of_two, of_one in zip(losses(project, "two"), losses(project, "one"), strict=True):
         assert of_two == pytest.approx(of_one, rel=1e-3)
     of_two, of_one = weights(project, "two"), weights(project, "one")

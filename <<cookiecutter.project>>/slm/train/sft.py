@@ -155,7 +155,7 @@ def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool,
         Dataset.from_dict({"input_ids": [e.input_ids for e in part], "labels": [e.labels for e in part]})
         for part in (examples["train"], sorted(examples["dev_internal"], key=lambda e: len(e.input_ids)))
     )
-    recipe, watching, looks = settings.train, [watch(enough), *also], None
+    recipe, watching, looks = settings.train, [watch(enough), _same_order(settings.train.seed), *also], None
     if recipe.early_stopping_metric == "task":
         watching.append(looks := task_metric(settings, contract, tokenizer, stop_ids(settings, tokenizer), rows["dev_internal"]))
     if recipe.early_stopping:
@@ -180,6 +180,22 @@ def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool,
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
     return metrics
+
+
+def _same_order(seed: int):
+    """A callback that gives each epoch an order of rows of its own seed: the same on every process, and after a kill."""
+    import torch
+    from transformers import TrainerCallback
+
+    class SameOrder(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, train_dataloader, **_):
+            batches = train_dataloader.batch_sampler
+            while hasattr(batches, "batch_sampler"):  # accelerate's, around the trainer's
+                batches = batches.batch_sampler
+            if args.train_sampling_strategy == "group_by_length":
+                batches.sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch))
+
+    return SameOrder()
 
 
 def newest_checkpoint(folder: Path, mark: str) -> Path | None:
