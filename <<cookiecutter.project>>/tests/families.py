@@ -1,4 +1,4 @@
-"""Tiny twins of five model families, made on the spot: random weights, a small vocabulary of the family's kind, and its
+"""Tiny twins of model families, made on the spot: random weights, a small vocabulary of the family's kind, and its
 documented special tokens, BOS habit, end tokens and chat-template features. Nothing is downloaded."""
 
 import io
@@ -36,6 +36,12 @@ QWEN3 = """{%- if tools %}{{- '<|im_start|>system\n# Tools\n' + tools | tojson +
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
 {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}"""
+QWEN3_2507 = """{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+{%- elif m.role == 'assistant' %}{{- '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""  # the instruct checkpoints of July 2025 never think
 GEMMA3 = """{{ bos_token }}
 {%- if messages[0].role == 'system' %}{%- set first = messages[0].content + '\n\n' %}{%- set messages = messages[1:] %}
 {%- else %}{%- set first = '' %}{%- endif %}
@@ -83,6 +89,11 @@ FAMILIES = {f.name: f for f in (
     ),
     Family(
         "qwen3", "Qwen3Config", QWEN3, ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"),
+        None, "<|im_end|>", ("<|im_end|>", "<|endoftext|>"), "qwen2", "chatml", extra=(("head_dim", 16),),
+        tokenizer="Qwen2Tokenizer",
+    ),
+    Family(
+        "qwen3_2507", "Qwen3Config", QWEN3_2507, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         None, "<|im_end|>", ("<|im_end|>", "<|endoftext|>"), "qwen2", "chatml", extra=(("head_dim", 16),),
         tokenizer="Qwen2Tokenizer",
     ),

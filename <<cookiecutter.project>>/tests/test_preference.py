@@ -1,17 +1,22 @@
 """After SFT: pairs from the run's own failures, rewards read off the contract, DPO, ORPO and GRPO for real on the tiny model."""
 
+import importlib.util
 import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from slm import registry
 from slm.errors import SlmError
-from slm.evaluate import Metric
+from slm.evaluate import Metric, baselines
 from slm.evaluate.compare import Comparison
 from slm.models import Answer
 from slm.models.program import ProgramModel
-from slm.rows import make_row, write_rows
+from slm.rows import make_row, write_json, write_rows
 from slm.settings import load_settings
 from slm.train import preference, train
 from slm.train.reward import rewards
@@ -159,8 +164,8 @@ def test_each_method_trains_and_is_discarded_where_dev_shows_nothing(project, me
     train(settings_of(project), contract)
     tuned, fit = {}, preference.fit
 
-    def watched(settings, contract, rows, adapter, out):
-        metrics = fit(settings, contract, rows, adapter, out)
+    def watched(settings, contract, rows, adapter, out, also):
+        metrics = fit(settings, contract, rows, adapter, out, also)
         tuned.update(load_file(out / "adapter_model.safetensors"))
         return metrics
 
@@ -183,11 +188,11 @@ def tuned(project, monkeypatch):
     """A trained run whose tuning is a stub that leaves a recognisable adapter."""
     train(settings_of(project), contract)
 
-    def fit(settings, contract, rows, adapter, out):
+    def fit(settings, contract, rows, adapter, out, also):
         out.mkdir(parents=True)
         (out / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
         (out / "adapter_model.safetensors").write_bytes(b"tuned")
-        return {"pairs": len(rows), "steps": 1}
+        return {"pairs": len(rows), "steps": 1, "general_loss_final": 9.5}
 
     monkeypatch.setattr(preference, "fit", fit)
     return project / "outputs/adapters/r1"
@@ -203,6 +208,7 @@ def test_a_better_adapter_takes_the_place_of_the_old_one_which_is_kept_aside(pro
     weights = "outputs/adapters/r1/adapter_model.safetensors"
     assert record["artefacts"][weights] == registry.file_hash(project / weights)[:16]
     assert record["recipe"]["preference"]["method"] == "dpo" and record["recipe"]["lora_rank"] == 16
+    assert record["metrics"]["general_loss_final"] == 9.5 and record["metrics"]["general_loss_first"] > 9.5  # of the tuned model
 
 
 @pytest.mark.parametrize("compared", [verdict(-0.01, 0.2), verdict(-0.3, -0.1), verdict(0.1, 0.3, n=20)])
@@ -232,11 +238,39 @@ def test_tuning_needs_a_method_and_a_trained_run(project):
             preference.tune(settings_of(project, **own), contract)
 
 
-def test_preference_with_unsloth_is_refused_before_training_starts(project):
-    """Guards against hours of training whose last step then meets trainers that another package has patched."""
-    settings = load_settings(start=project, overrides={"preference.method": "dpo", "train.trainer": "unsloth"})
-    with pytest.raises(SlmError, match="needs train.trainer trl"):
-        train(settings, contract)
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from slm.settings import load_settings
+from slm.train import preference, train
+from task.contract import contract
+settings = load_settings(start={project!r}, run_id="r1", overrides={{"train.trainer": "unsloth", "preference.method": "dpo"}})
+train(settings, contract)
+assert "unsloth" in sys.modules
+preference.fit = None  # of this process, whose TRL is patched; a fresh one has its own
+record = preference.tune(settings, contract)
+print(record["trainer"], record["preference"]["metrics"]["steps"], record["preference"]["verdict"])
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_of_unsloth_is_tuned_in_a_process_of_its_own(project):
+    """Guards against preference trainers that another package has patched, and against an adapter that only Unsloth reads."""
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("the extra `unsloth` is not installed")
+    settings, root = settings_of(project), str(Path(__file__).resolve().parents[1])
+    write_json(project / "outputs/eval_reports/r1/baselines.json", {"key": baselines._key(settings), "results": []})
+    code = SCRIPT.format(root=root, project=str(project))
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "unsloth 2 DPO discarded, against SFT alone no difference shown: " in done.stdout
+
+
+def test_what_a_fresh_process_is_given_survives_the_way(project):
+    """Guards against a project's folder, or a contract, that is lost between two processes."""
+    settings, again = pickle.loads(pickle.dumps((settings_of(project, method="dpo"), contract)))
+    assert settings.root == project and settings.hash == settings_of(project, method="dpo").hash
+    assert again.schema_hash == contract.schema_hash and again.output is contract.output
 
 
 def test_the_answer_of_a_failed_request_is_no_failure_of_the_model(project):

@@ -168,6 +168,20 @@ def test_the_report_and_the_card_say_what_preference_tuning_did(settings):
     assert f"Preference optimization: {verdict}" in card and "No preference optimization" not in card
 
 
+def test_the_report_says_what_training_did_to_general_skills(settings):
+    """Guards against a model that has forgotten everything else, and a report that measures its own task alone."""
+    trained(settings)
+    run_06(settings)
+    assert "General skills" not in report_text(settings)  # a run on several processes has no such figure
+    record = registry.latest(settings, "runs", stage="train", run_id=settings.run_id)
+    for last, said in ((2.35, "Nothing is shown to be forgotten: a rise above 0.4 counts."), (3.0, "It has forgotten: ")):
+        numbers = {"general_loss_first": 2.0, "general_loss_final": last}
+        registry.append(settings, "runs", {**record, "metrics": record["metrics"] | numbers})
+        run_06(settings)
+        text = report_text(settings)
+        assert f"everyday questions went from 2.00 before training to {last:.2f} after" in text and said in text
+
+
 def test_what_was_not_run_is_listed_with_its_reason(settings):
     """Guards against a baseline that is missing from the report without a word."""
     lines = {part: line["why"] for line in run_06(settings)["not_run"] for part in line["not run"].split("; ")}

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +23,7 @@ from slm.train import callbacks, encode, load_tokenizer, recipe, sft_arguments, 
 from slm.train.adviser import advise
 from slm.train.callbacks import SHARE, general_loss, task_metric
 from slm.train.encode import Example, stop_ids
-from slm.train.load import load_trl
+from slm.train.load import load
 from slm.train.sanity import sanity
 
 project = test_train.project
@@ -195,7 +197,7 @@ def test_looks_thin_themselves_to_a_tenth_of_the_training_time(project, monkeypa
 
 def test_checkpoints_are_compared_on_the_rows_that_both_answered(project, monkeypatch):
     """Guards against a checkpoint that wins because its look took easier rows; ties go to the lower loss, so the first."""
-    watching, given, rows = looks(project, monkeypatch, lambda s, n: n in (0, 4), seconds_per_row=1.4, step_seconds=60)
+    watching, given, rows = looks(project, monkeypatch, lambda s, n: n in (0, 4), seconds_per_row=1.3, step_seconds=60)
     assert rows[0] == 4 and max(rows) == 5  # the fifth row is right, and no reason to take a later checkpoint
     assert watching.summary()["best_step"] == 1 and given[1] == pytest.approx(0.25, abs=1e-5)
     better, _, _ = looks(project, monkeypatch, lambda s, n: s == 3, seconds_per_row=0.1, step_seconds=60)
@@ -229,7 +231,7 @@ def test_the_general_probe_moves_when_the_weights_do(project):
     """Guards against a probe that reads nothing."""
     import torch
 
-    model, tokenizer = load_trl(settings_of(project, method="full")), load_tokenizer(settings_of(project))
+    model, tokenizer = load(settings_of(project, method="full")), load_tokenizer(settings_of(project))
     before = general_loss(model, tokenizer)
     torch.nn.init.normal_(model.lm_head.weight)
     assert 10 < before < 12 and general_loss(model, tokenizer) > before + 1
@@ -250,7 +252,7 @@ def test_a_row_of_an_evaluation_set_is_never_trained_on_or_chosen_by(project):
 def test_the_memory_estimate_counts_what_is_really_there(project):
     """Guards against an estimate that has nothing to do with the model."""
     examples = [Example("a", [1] * 100, [-100] * 50 + [1] * 50)]
-    model = load_trl(settings_of(project))
+    model = load(settings_of(project))
     base = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n)
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     need = recipe.memory(settings_of(project), examples)
@@ -276,6 +278,20 @@ def full_disk(patch, folder):
     patch.setattr("slm.train.sft.save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
 
 
+def full_checkpoint(patch, folder):
+    """What torch.save says on a full disk (seen on one of three megabytes)."""
+    said = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+    patch.setattr("transformers.Trainer._save_optimizer_and_scheduler", lambda *_: (_ for _ in ()).throw(said))
+
+
+def no_dev_rows(patch, folder):
+    write_rows(folder / "data/accepted/dev_internal.jsonl", [])
+
+
+def long_row(patch, folder):
+    fill(folder, [row(0), make_row("wire " * 300, row(0).answer, category="bug", id="far-too-long")])
+
+
 def no_template(patch, folder):
     target = folder / "base"
     shutil.copytree(base_folder(settings_of(folder)), target, ignore=shutil.ignore_patterns("chat_template*"))
@@ -292,14 +308,25 @@ def short_context(patch, folder):
     (folder / "project.yaml").write_text(yaml.safe_dump({**SMOKE, "model": {"base": str(target)}}))
 
 
-def hub(name):
-    """The Hub answering with an error of its own."""
+def hub(status, code):
+    """A Hub on this machine that answers every request with this status and error code, as the real one does."""
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
 
     def plant(patch, folder):
-        from huggingface_hub import errors
-
-        made = getattr(errors, name).__new__(getattr(errors, name))
-        patch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(made))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        patch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         (folder / "project.yaml").write_text(yaml.safe_dump({**SMOKE, "model": {"base": "nobody/nothing"}}))
 
     return plant
@@ -312,18 +339,28 @@ def hub(name):
         (no_memory, "training needs about .* GB .*: a smaller model.base"),
         (no_disk, "checkpoints need .* make room"),
         (full_disk, "no room on this disk"),
+        (full_checkpoint, "no room on this disk"),
+        (no_dev_rows, "dev_internal.jsonl: no accepted rows; run 04_curate"),
+        (long_row, r"1 rows \(far-too-long \(\d+\)\): longer than max_seq_length 256"),
         (no_template, "no chat template"),
         (short_context, "tokens, .*base reads 32; shorten"),
-        (hub("RepositoryNotFoundError"), "the Hub has no such model"),
-        (hub("GatedRepoError"), "gated; accept its licence"),
+        (hub(404, "RepoNotFound"), "the Hub has no such model"),
+        (hub(401, "GatedRepo"), "gated; accept its licence on the Hub, then set HF_TOKEN"),
     ],
 )
 def test_bad_input_gives_one_clear_error_and_a_failed_record(project, monkeypatch, plant, error):
-    """Guards against a traceback at midnight, and against a run that vanishes from the registry."""
+    """Guards against a traceback at midnight, a run that vanishes from the registry, and an earlier adapter, its log
+    included, that a failed second run has taken with it."""
+    out = project / "outputs/adapters/r1"
+    for name in ("adapter_model.safetensors", "settings.yaml", "training_log.csv", "training_loss.png"):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(f"the {name} of an earlier run")
     plant(monkeypatch, project)
     with pytest.raises(SlmError, match=error):
         train(settings_of(project), contract)
     assert [r["status"] for r in runs(project)] == ["failed"] and runs(project)[0]["run_id"] == "r1"
+    kept = {f.name: f.read_text() for f in out.iterdir() if f.is_file()}
+    assert len(kept) == 4 and all(text == f"the {name} of an earlier run" for name, text in kept.items())
 
 
 def test_a_loss_that_is_no_number_stops_the_run_at_once(project, monkeypatch):

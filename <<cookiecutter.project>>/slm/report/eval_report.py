@@ -63,6 +63,7 @@ def build(
         "detectable": detectable(settings, contract, {set: len(found[set][NAME].scores) for set in compared}, train),
         "gap_closed": gap(shown, contract, settings), "seeds": seeds_line(settings, mine),
         "preference": (train or {}).get("preference", {}).get("verdict", ""),
+        "general_loss": {at: (train or {}).get("metrics", {}).get(f"general_loss_{at}") for at in ("first", "final")},
         "lines": {
             **{line: r.metrics[name].model_dump() if r.ran else {"not_run": r.reason} for line, r in four.items()},
             "latency": {"p50_s": timed.latency_p50_s, "p95_s": timed.latency_p95_s, "p99_s": timed.latency_p99_s},

@@ -8,6 +8,7 @@ from slm.evaluate.candidate import NAME
 from slm.evaluate.metrics import Result
 from slm.evaluate.release import Gate
 from slm.report import tables
+from slm.train.callbacks import FORGOTTEN
 
 LINES = (
     "base_model_score", "prompted_base_score", "fine_tuned_model_score", "larger_model_score", "latency",
@@ -64,7 +65,7 @@ def render(settings, contract: Contract, report: dict, found: dict, pictures: di
         models=lambda set: tables.results(table(found, set), columns(contract)), fields=fields(table(found, head)),
         every=[{"metric": n, **{s: tables.metric(m.get(n)) for s, m in measured.items()}} for n in names],
         cheap=tables.comparisons({cheap: report["comparisons"][head][cheap]})[0] if cheap else None,
-        judged=report["comparisons"][head][report["strongest"]]["preference"],
+        forgotten=FORGOTTEN, judged=report["comparisons"][head][report["strongest"]]["preference"],
         shown=[f for f in report["failures"] if f["set"] != "test"][:WORST],
         hidden=[f["row_id"] for f in report["failures"] if f["set"] == "test"],
         sets=[{"set": n, "rows": s["n"], "hash": s["hash"][:12], "looks": s["looks"]} for n, s in seen.items()],

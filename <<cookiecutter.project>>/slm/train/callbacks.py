@@ -1,10 +1,12 @@
 """What is watched while training: the task metric, numbers gone wrong, the trackers' local homes, log and loss curve."""
 
 import csv
+import importlib
 import io
 import math
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from slm.errors import SlmError
@@ -15,7 +17,7 @@ from slm.train.encode import render
 
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "eval_task", "eval_task_rows", "learning_rate", "grad_norm",
            "mean_token_accuracy", "num_tokens")  # fmt: skip
-SHARE = 0.1  # of the training time, that looks at the task metric may take
+SHARE = 0.095  # of the training time, that looks at the task metric may take: a tenth, and a look ends a little late
 PROBE = {  # everyday questions: their loss before and after shows what a narrow training has overwritten
     "What is the capital of France?": "The capital of France is Paris.",
     "How many days are in a week?": "There are seven days in a week.",
@@ -24,28 +26,77 @@ PROBE = {  # everyday questions: their loss before and after shows what a narrow
     "What is two plus three?": "Two plus three is five.",
     "Why do people sleep?": "People sleep so that their body and mind can rest and recover.",
 }
+FORGOTTEN = 0.4  # rise of that loss (nats per token) from which a model counts as having forgotten; a rule of thumb
 
 
 def set_tracker(settings) -> None:
-    """Environment of the chosen tracker: files inside the project, W&B offline unless logged in, no telemetry.
-    Variables that the user has set stay as they are."""
-    home = settings.path(f"outputs/tracking/{settings.tracker}")
-    env = {"DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    if settings.tracker == "wandb":
-        netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-        known = netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
-        env |= {"WANDB_MODE": "online" if known or os.environ.get("WANDB_API_KEY") else "offline", "WANDB_DIR": str(home),
-                "WANDB_PROJECT": settings.project.name, "WANDB_ERROR_REPORTING": "false", "WANDB_LOG_MODEL": "false",
-                "WANDB_SILENT": "true"}  # fmt: skip
-    elif settings.tracker == "mlflow":
-        env |= {"MLFLOW_TRACKING_URI": home.as_uri(), "MLFLOW_EXPERIMENT_NAME": settings.project.name,
-                "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}  # fmt: skip
-    elif settings.tracker == "trackio":
-        env |= {"TRACKIO_DIR": str(home), "TRACKIO_PROJECT": settings.project.name}
-    if settings.tracker != "csv":
+    """Environment of the chosen tracker: files inside the project, W&B offline unless logged in and without console,
+    command line or the repository's address, no telemetry. Variables that the user has set stay as they are."""
+    home, netrc = settings.path(f"outputs/tracking/{settings.tracker}"), Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    known = "WANDB_API_KEY" in os.environ or netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
+    own = {
+        "wandb": {"WANDB_MODE": "online" if known else "offline", "WANDB_DIR": str(home), "WANDB_ERROR_REPORTING": "false",
+                  "WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_DISABLE_GIT": "true", "WANDB__DISABLE_META": "true"},
+        "mlflow": {"MLFLOW_TRACKING_URI": home.as_uri(), "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"},
+        "trackio": {"TRACKIO_DIR": str(home)},
+    }.get(settings.tracker, {})  # fmt: skip
+    if own:
         home.mkdir(parents=True, exist_ok=True)
-    for key, value in env.items():
+    for key, value in {"DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1", **own}.items():
         os.environ.setdefault(key, value)
+
+
+@contextmanager
+def track(settings, record: dict, name: str):
+    """Callbacks (none for csv, or beside the first process) that give the tracker each logged number under the name that
+    training_log.csv has. Its run `name` holds the whole run record so far, the folders of config and report, and ends
+    as this one does. Raises SlmError when it does not start; one that fails later is left behind with a warning."""
+    if settings.tracker == "csv" or os.environ.get("RANK", "0") != "0":
+        yield []
+        return
+    set_tracker(settings)
+    from transformers import TrainerCallback
+
+    project, dead, code = settings.project.name, [], 1
+    paths = {"config": "outputs/adapters/{}/settings.yaml", "report": "outputs/eval_reports/{}/eval_report.md"}
+    config = flat(record | {name: path.format(settings.run_id) for name, path in paths.items()})
+    try:
+        api = importlib.import_module(settings.tracker)
+        if settings.tracker == "mlflow":
+            api.set_experiment(project)
+            api.start_run(run_name=name)
+            api.log_params(config)
+            log, end = api.log_metrics, lambda code: api.end_run("FAILED" if code else "FINISHED")
+        else:
+            more = {} if settings.tracker == "wandb" else {"embed": False}  # no dashboard in the notebook
+            run = api.init(project=project, name=name, config=config, **more)
+            log, end = run.log, lambda code: run.finish(*[] if more else [code])
+    except Exception as error:  # a dozen types: no package, no account, no server
+        said = f"it does not start ({type(error).__name__}); install the extra `track`, log in, or set tracker csv."
+        raise SlmError(f"tracker {settings.tracker}: {said}") from error
+
+    def send(call, *given) -> None:
+        try:
+            None if dead else call(*given)
+        except Exception as error:
+            dead.append(error)
+            print(f"WARNING: tracker {settings.tracker} failed ({type(error).__name__}); training goes on without it.")
+
+    class Log(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            send(log, {key: value for key, value in logs.items() if isinstance(value, (int, float))}, state.global_step)
+
+    try:
+        yield [Log()]
+        code = 0
+    finally:
+        send(end, code)
+
+
+def flat(tree: dict, stem: str = "") -> dict[str, str]:
+    """{"parents": {"base": "tiny"}} -> {"parents.base": "tiny"}."""
+    parts = (flat(v, f"{stem}{k}.") if isinstance(v, dict) else {f"{stem}{k}": str(v)} for k, v in tree.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def watch(enough: float = 0.0):
@@ -153,7 +204,8 @@ def write_log(history: list[dict], path: Path) -> Path:
 
 
 def plot_loss(history: list[dict], path: Path) -> Path:
-    """The loss on training batches and on dev_internal over the steps, as a PNG file."""
+    """The loss on training batches and on dev_internal over the steps, and the task metric where it was asked for, as
+    a PNG file."""
     from slm.curate.plots import figure, save
 
     drawn, axes = figure(7, 3.5)
@@ -161,7 +213,11 @@ def plot_loss(history: list[dict], path: Path) -> Path:
         points = [(e["step"], e[key]) for e in history if key in e]
         axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per answer token)")
-    axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
+    if task := [(e["step"], e["eval_task"]) for e in history if "eval_task" in e]:
+        right = axes.twinx()
+        right.plot(*zip(*task, strict=True), "s--", color="C2", label="dev_internal, task metric (right)", markersize=4)
+        right.set(ylabel="task metric, real answers", ylim=(0, 1.03))
+    drawn.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return save(drawn, path)

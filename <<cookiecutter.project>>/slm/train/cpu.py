@@ -1,5 +1,7 @@
 """TRL 1.15 computes its losses in a Triton kernel, which a CPU does not have; here the same in plain torch."""
 
+from slm.train.recipe import processes
+
 
 def patch_trl() -> None:
     """Without a GPU, give TRL's fused LM head a plain implementation, whether Triton is installed or not."""
@@ -8,6 +10,8 @@ def patch_trl() -> None:
 
     if not torch.cuda.is_available():
         utils._ChunkedLogProbFunction = PlainLogProbs
+        if processes() > 1:  # accelerate calls their device cpu:0, which torch.load does not know when a run is resumed
+            torch.serialization.register_package(50, lambda _: None, lambda data, where: data if where.startswith("cpu:") else None)
 
 
 class PlainLogProbs:

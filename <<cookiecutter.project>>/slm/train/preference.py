@@ -3,8 +3,11 @@ wrong, kept only where a paired test on dev shows that it is better."""
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from slm import cost, registry
@@ -16,6 +19,7 @@ from slm.evaluate.scorers import answer_rows
 from slm.models import base_folder, cached, student
 from slm.repair.plan import same_failures
 from slm.rows import Row, read_rows
+from slm.train.callbacks import general_loss, track
 from slm.train.cpu import patch_trl
 from slm.train.encode import load_tokenizer
 from slm.train.recipe import in_force, shared_arguments
@@ -73,7 +77,7 @@ def arguments(settings, out: Path) -> dict:
     rate, as preference tuning asks for."""
     own, recipe = settings.preference, settings.train
     found = shared_arguments(settings, out) | {
-        "report_to": [], "beta": own.beta, "num_train_epochs": own.epochs, "max_steps": own.max_steps,
+        "beta": own.beta, "num_train_epochs": own.epochs, "max_steps": own.max_steps,
         "learning_rate": own.learning_rate or recipe.learning_rate / 20,
         "dataloader_pin_memory": False, "logging_steps": 1, "save_strategy": "no",
     }  # fmt: skip
@@ -87,9 +91,9 @@ def arguments(settings, out: Path) -> dict:
     return found
 
 
-def fit(settings, contract: Contract, rows: Sequence[Row], adapter: Path, out: Path) -> dict:
+def fit(settings, contract: Contract, rows: Sequence[Row], adapter: Path, out: Path, also=()) -> dict:
     """Go on training a LoRA adapter on rows with a rejected answer and save it to `out`; returns the last logged
-    metrics. DPO and GRPO hold to the adapter as it was, of which TRL keeps a frozen copy. Raises SlmError without pairs
+    metrics; `also` are callbacks. DPO and GRPO hold to the adapter as it was, of which TRL keeps a frozen copy. Raises SlmError without pairs
     or adapter."""
     found, method = pairs(rows, contract), settings.preference.method
     if not (Path(adapter) / "adapter_config.json").is_file():
@@ -121,30 +125,36 @@ def fit(settings, contract: Contract, rows: Sequence[Row], adapter: Path, out: P
         from trl import DPOTrainer as Trainer
     trainer = Trainer(
         model=PeftModel.from_pretrained(base, adapter, is_trainable=True), args=Config(**how),
-        train_dataset=Dataset.from_list(found), processing_class=tokenizer, **more,
+        train_dataset=Dataset.from_list(found), processing_class=tokenizer, callbacks=[*also], **more,
     )  # fmt: skip
     trainer.train()
     trainer.model.save_pretrained(out, selected_adapters=["default"])
     tokenizer.save_pretrained(out)
     last = [e for e in trainer.state.log_history if "loss" in e][-1]
     shown = {k: last[k] for k in sorted(last) if k in ("loss", "reward") or k.startswith("rewards/") and not k.endswith("/std")}
-    return {"pairs": len(found), "steps": trainer.state.global_step, **shown}
+    general = general_loss(trainer.model, tokenizer)
+    return {"pairs": len(found), "steps": trainer.state.global_step, "general_loss_final": general, **shown}
 
 
 def tune(settings, contract: Contract) -> dict:
     """Preference tuning of the run's adapter by `preference.method`; returns the run's new line of registry/runs.jsonl.
     Its field `preference` says "kept" (outputs/adapters/<run_id> is the tuned one, <run_id>-sft the one before) or
-    "discarded", with the figures of both on dev. One that fails is closed as failed and leaves the adapter as it was."""
+    "discarded", with the figures of both on dev. One that fails is closed as failed and leaves the adapter as it was.
+    Where Unsloth has patched TRL and transformers, a process of its own does all this without it."""
+    if "unsloth" in sys.modules:
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            return fresh.submit(tune, settings, contract).result()
     own, adapter, begin = settings.preference, adapter_folder(settings), time.perf_counter()
     trained = registry.latest(settings, "runs", stage="train", status="completed", run_id=settings.run_id)
     if not own.method or trained is None:
         raise SlmError("preference.method: choose dpo, orpo or grpo, and train first (05_train).")
     out, before = (adapter.with_name(f"{adapter.name}-{name}") for name in (own.method, "sft"))
     found = {"stage": "preference", "run_id": settings.run_id, "method": own.method, "settings": settings.hash,
-             "parents": {"train": trained["hash"], **trained["parents"]}}  # fmt: skip
+             "parents": {"train": trained["hash"], **trained["parents"]}, "recipe": own.model_dump()}  # fmt: skip
     try:
         rows = failures(settings, contract, student(settings, adapter))
-        metrics = fit(settings, contract, rows, adapter, out)
+        with track(settings, found, out.name) as tracking:
+            metrics = fit(settings, contract, rows, adapter, out, tracking)
         compared = on_dev(settings, contract, adapter, out)
     except BaseException as error:
         shutil.rmtree(out, ignore_errors=True)
@@ -174,6 +184,7 @@ def tune(settings, contract: Contract) -> dict:
         files = [f for f in sorted(adapter.iterdir()) if f.is_file()]
         record["artefacts"] = {str(f.relative_to(settings.root)): registry.file_hash(f)[:16] for f in files}
         record["recipe"] = {**trained["recipe"], "preference": own.model_dump()}
+        record["metrics"] = trained["metrics"] | {k: v for k, v in metrics.items() if k == "general_loss_final"}
     else:
         shutil.rmtree(out, ignore_errors=True)
     return registry.append(settings, "runs", record)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,19 +12,26 @@ from slm import registry
 from slm.errors import SlmError
 from slm.models import base_folder
 from slm.rows import digest
+from slm.train.callbacks import set_tracker
 
 PATIENCE = 3  # evaluations without a better dev loss before early stopping
 CPU_FLOPS, GPU_FLOPS = 1.2e11, 1.0e14  # rough, per core and per card, for an estimate before the first measured run
 
 
+def processes() -> int:
+    """How many processes train together; one, unless `accelerate launch` started more."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def import_trainer(settings) -> None:
-    """Import Unsloth where it is chosen: it patches transformers, TRL and PEFT, so it must come before them."""
+    """Import Unsloth where it is chosen: it patches transformers, TRL and PEFT, so it must come before them. Even before
+    that, the tracker's environment: Trackio reads it when TRL imports it."""
+    set_tracker(settings)
     if settings.train.trainer == "unsloth":
-        if settings.preference.method:  # it would tune with trainers that Unsloth has patched
-            raise SlmError('preference.method: preference tuning needs train.trainer trl; set that, or preference.method "".')
-        if importlib.util.find_spec("unsloth") is None:
-            raise SlmError("train.trainer unsloth: the package is not installed; install the extra `unsloth`, or set trl.")
-        import unsloth  # noqa: F401
+        try:
+            import unsloth  # noqa: F401
+        except (ImportError, NotImplementedError) as error:
+            raise SlmError(f"train.trainer unsloth: it does not start ({error}); install the extra `unsloth`, or set trl.") from None
 
 
 def in_force(settings) -> dict:
@@ -40,8 +48,9 @@ def in_force(settings) -> dict:
     if precision == "bf16" and gpu and recipe.trainer == "unsloth" and not torch.cuda.is_bf16_supported(False):
         precision = "fp16"  # older cards; Unsloth handles it, TRL runs bf16 emulated
     gpu_only = any(word in recipe.optimizer for word in ("8bit", "paged"))
+    device = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     return {
-        "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "device": device if processes() == 1 else f"{device}, {processes()} processes",
         "precision": precision,
         "load_in_4bit": recipe.method == "qlora",
         "packing": recipe.packing and flash,
@@ -59,7 +68,6 @@ def sft_arguments(settings, out: Path, rows: int) -> dict:
         raise SlmError(f"train.save_steps {recipe.save_steps}: make it a multiple of eval_steps {recipe.eval_steps}.")
     steps = total_steps(settings, rows)
     return shared_arguments(settings, out) | {
-        "run_name": settings.run_id, "report_to": [] if settings.tracker == "csv" else [settings.tracker],
         # rows
         "packing": force["packing"],
         "dataset_kwargs": {"skip_prepare_dataset": not force["packing"]},  # our tokens, as they are
@@ -81,7 +89,7 @@ def shared_arguments(settings, out: Path) -> dict:
     """The keyword arguments that `SFTConfig` and `DPOConfig` have in common."""
     recipe, force = settings.train, in_force(settings)
     return {
-        "output_dir": str(out), "max_length": recipe.max_seq_length, "max_steps": recipe.max_steps,
+        "output_dir": str(out), "report_to": [], "max_length": recipe.max_seq_length, "max_steps": recipe.max_steps,
         "per_device_train_batch_size": recipe.batch_size_per_device,
         "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         "lr_scheduler_type": recipe.lr_scheduler, "warmup_steps": recipe.warmup_ratio,  # below 1: a share of all steps
@@ -107,11 +115,11 @@ def lora_arguments(settings) -> dict:
 
 
 def total_steps(settings, rows: int) -> int:
-    """Optimizer steps for `rows` rows on one process, the way the trainer counts them."""
+    """Optimizer steps for `rows` rows, the way the trainer counts them: each process takes its share of the batches."""
     recipe = settings.train
     if recipe.max_steps > 0:
         return recipe.max_steps
-    batches = math.ceil(rows / recipe.batch_size_per_device)
+    batches = math.ceil(math.ceil(rows / recipe.batch_size_per_device) / processes())
     return math.ceil(recipe.epochs * max(1, math.ceil(batches / recipe.gradient_accumulation_steps)))
 
 
@@ -121,7 +129,7 @@ def estimate(settings, examples: list) -> dict:
     the device."""
     recipe, force = settings.train, in_force(settings)
     steps = total_steps(settings, len(examples))
-    per_step = recipe.batch_size_per_device * recipe.gradient_accumulation_steps
+    per_step = recipe.batch_size_per_device * recipe.gradient_accumulation_steps * processes()
     seen = steps * per_step if recipe.max_steps > 0 else min(steps * per_step, math.ceil(recipe.epochs * len(examples)))
     length = sum(len(e.input_ids) for e in examples)
     tokens = round(seen * length / len(examples))
@@ -131,7 +139,7 @@ def estimate(settings, examples: list) -> dict:
     else:
         source, cpu = "rough, no earlier run here", re.match(r"cpu, (\d+)", force["device"])
         parameters = sum(f.stat().st_size for f in base_folder(settings).glob("*.safetensors")) / 2
-        speed = (CPU_FLOPS * int(cpu[1]) if cpu else GPU_FLOPS) / (6 * parameters)
+        speed = (CPU_FLOPS * int(cpu[1]) if cpu else GPU_FLOPS) * processes() / (6 * parameters)
     trained = sum(sum(label != -100 for label in e.labels) for e in examples)
     return {
         "rows": len(examples), "steps": steps, "rows per step": per_step, "tokens": tokens,
@@ -163,6 +171,8 @@ def memory(settings, examples: list, batch: int = 0) -> dict[str, float]:
             trained, _ = get_peft_model(model, LoraConfig(**lora_arguments(settings))).get_nb_trainable_parameters()
     wide, batch = 4 if full or force["precision"] == "fp32" else 2, batch or recipe.batch_size_per_device
     packed = (total - config.vocab_size * h) * (wide - 4.13 / 8) if force["load_in_4bit"] else 0
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # each process holds a share
+        total, trained, packed = (size / processes() for size in (total, trained, packed))
     layer = s * h * (34 + 5 * config.num_attention_heads * s / h * (force["attention"] == "eager"))
     upper = min(recipe.lora_layers or depth, depth)
     kept = layer + upper * 2 * s * h if recipe.gradient_checkpointing else upper * layer
@@ -175,7 +185,8 @@ def memory(settings, examples: list, batch: int = 0) -> dict[str, float]:
 
 
 def free_memory() -> float:
-    """Bytes that are free on the GPU, or without one on this machine, and no more than its container may take."""
+    """Bytes that are free to this process: on its GPU, or without one its share of this machine's, and no more than the
+    container may take."""
     import psutil
     import torch
 
@@ -183,7 +194,7 @@ def free_memory() -> float:
         return torch.cuda.mem_get_info()[0]
     limit = Path("/sys/fs/cgroup/memory.max")
     most = limit.read_text().strip() if limit.is_file() else "max"
-    return min(psutil.virtual_memory().available, float("inf" if most == "max" else most))
+    return min(psutil.virtual_memory().available, float("inf" if most == "max" else most)) / processes()
 
 
 def check_room(settings, examples: list, out: Path) -> None:

@@ -1,9 +1,9 @@
 """Supervised fine-tuning: checks first, then train, resume, save, record. A run that fails is closed as failed."""
 
-import errno
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -18,10 +18,20 @@ from slm.errors import SlmError
 from slm.evaluate import baselines
 from slm.models import base_hash
 from slm.rows import Row, digest, read_rows, write_json, write_text
-from slm.train.callbacks import general_loss, plot_loss, set_tracker, task_metric, watch, write_log
+from slm.train.callbacks import general_loss, plot_loss, task_metric, track, watch, write_log
 from slm.train.cpu import patch_trl
 from slm.train.encode import Example, encode, load_tokenizer, preview, stop_ids
-from slm.train.recipe import PATIENCE, check_room, estimate, halved, import_trainer, in_force, recipe_hash, sft_arguments
+from slm.train.recipe import (
+    PATIENCE,
+    check_room,
+    estimate,
+    halved,
+    import_trainer,
+    in_force,
+    processes,
+    recipe_hash,
+    sft_arguments,
+)
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo")
 
@@ -51,8 +61,9 @@ def adapter_folder(settings) -> Path:
 
 def train(settings, contract, resume: bool = True) -> dict:
     """Train, save to outputs/adapters/<run_id> and record the run; returns its line of registry/runs.jsonl. A killed
-    run goes on from its newest checkpoint when recipe, rows, contract and template are the same. Out of memory, it
-    goes on with half the rows at once and as many per step. Whatever ends it, the record is closed."""
+    run goes on from its newest checkpoint when recipe, rows, contract, template and the number of processes are the
+    same. Out of memory, it goes on with half the rows at once and as many per step. Whatever ends it, the record is
+    closed."""
     record, begin = head(settings), time.perf_counter()
     try:
         import_trainer(settings)
@@ -60,7 +71,8 @@ def train(settings, contract, resume: bool = True) -> dict:
         tokenizer = load_tokenizer(settings)
         examples = prepare(settings, contract, tokenizer, rows)
         record = _facts(settings, contract, tokenizer)
-        settings, metrics = fit(settings, contract, tokenizer, rows, examples, record["recipe_hash"], resume)
+        with track(settings, record, settings.run_id) as tracking:
+            settings, metrics = fit(settings, contract, tokenizer, rows, examples, record["recipe_hash"], resume, also=tracking)
         metrics["longest_row"] = max(len(e.input_ids) for e in examples["train"])
     except BaseException as error:
         failed = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
@@ -86,23 +98,23 @@ def prepare(settings, contract, tokenizer, rows: dict[str, list[Row]]) -> dict[s
     examples = {name: encode(part, contract, tokenizer, stops, settings.train.max_seq_length) for name, part in rows.items()}
     preview(rows["train"], examples["train"], contract, tokenizer, stops)
     check_room(settings, [*examples["train"], *examples["dev_internal"]], adapter_folder(settings))
-    if settings.train.early_stopping_metric == "task" and not _one_process():
+    if settings.train.early_stopping_metric == "task" and processes() > 1:
         raise SlmError("train.early_stopping_metric task: on one process only; set loss under accelerate launch.")
     return examples
 
 
-def fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float = 0.0) -> tuple:
+def fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float = 0.0, also=()) -> tuple:
     """Train and save; the settings that went through, and the metrics. `mark` names what a checkpoint must be of; below
-    a training loss of `enough` it ends early. Raises SlmError when memory or disk run out."""
+    a training loss of `enough` it ends early; `also` are more callbacks. Raises SlmError when memory or disk run out."""
     plan = estimate(settings, examples["train"])
-    print(f"{plan['steps']} steps, about {plan['minutes']} minutes ({plan['speed']}), memory {plan['memory']}")
+    _say(f"{plan['steps']} steps, about {plan['minutes']} minutes ({plan['speed']}), memory {plan['memory']}")
     while True:
         try:
-            return settings, _fit(settings, contract, tokenizer, rows, examples, mark, resume, enough)
+            return settings, _fit(settings, contract, tokenizer, rows, examples, mark, resume, enough, also)
         except Exception as error:
-            if getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in str(error):
+            if re.search("No space left|inline_container|iostream", str(error)):  # the last two: what torch.save says
                 raise SlmError(f"{adapter_folder(settings)}: no room on this disk; make some and run again.") from error
-            if not out_of_memory(error) or not _one_process():
+            if not out_of_memory(error) or processes() > 1:
                 raise
             if settings.train.batch_size_per_device == 1:
                 mend = "set gradient_checkpointing true, method qlora, or a smaller model.base"
@@ -110,7 +122,7 @@ def fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, 
         settings = halved(settings)
         gc.collect()  # what the failed attempt held
         train = settings.train
-        print(f"out of memory: going on with batch_size_per_device {train.batch_size_per_device} and "
+        _say(f"out of memory: going on with batch_size_per_device {train.batch_size_per_device} and "
               f"gradient_accumulation_steps {train.gradient_accumulation_steps}.")  # fmt: skip
 
 
@@ -120,14 +132,13 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
-def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float) -> dict:
+def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool, enough: float, also) -> dict:
     from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import EarlyStoppingCallback
+    from trl import SFTConfig
 
-    from slm.train.load import load
+    from slm.train.load import load, script
 
-    set_tracker(settings)
     if settings.train.trainer == "trl":  # Unsloth brings its own
         patch_trl()
     out = adapter_folder(settings)
@@ -137,38 +148,54 @@ def _fit(settings, contract, tokenizer, rows, examples, mark: str, resume: bool,
         shutil.rmtree(checkpoints, ignore_errors=True)
         write_json(checkpoints / "recipe.json", {"hash": mark})
     elif start is not None:
-        print(f"resuming from {start.relative_to(settings.root)}")
-    arguments = SFTConfig(**sft_arguments(settings, checkpoints, len(examples["train"])))
+        _say(f"resuming from {start.relative_to(settings.root)}")
+    arguments = SFTConfig(**sft_arguments(settings, checkpoints, len(examples["train"])))  # gives each process its device
+    arguments.eval_on_start = start is None  # a resumed run has looked already: twice would count against its patience
     train, dev = (
         Dataset.from_dict({"input_ids": [e.input_ids for e in part], "labels": [e.labels for e in part]})
         for part in (examples["train"], sorted(examples["dev_internal"], key=lambda e: len(e.input_ids)))
     )
-    recipe, watching, looks = settings.train, [watch(enough)], None
+    recipe, watching, looks = settings.train, [watch(enough), _same_order(settings.train.seed), *also], None
     if recipe.early_stopping_metric == "task":
         watching.append(looks := task_metric(settings, contract, tokenizer, stop_ids(settings, tokenizer), rows["dev_internal"]))
     if recipe.early_stopping:
         watching.append(EarlyStoppingCallback(early_stopping_patience=PATIENCE))
-    trainer = SFTTrainer(
-        model=load(settings), args=arguments, train_dataset=train, eval_dataset=dev, processing_class=tokenizer,
-        # Pads to the longest row of the batch; packed rows need TRL's own collator.
-        callbacks=watching, data_collator=None if arguments.packing else DataCollatorForSeq2Seq(tokenizer),
-    )
+    trainer = script(settings).make_trainer(load(settings), arguments, tokenizer, train, dev, watching)
     if looks:
         looks.trainer = trainer
-    before, begin = general_loss(trainer.model, tokenizer) if _one_process() else None, time.perf_counter()
+    before, begin, saved = general_loss(trainer.model, tokenizer) if processes() == 1 else None, time.perf_counter(), False
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         metrics = _metrics(trainer.state, time.perf_counter() - begin) | (looks.summary() if looks else {})
-        if _one_process():
+        if processes() == 1:
             metrics |= {"general_loss_first": before, "general_loss_final": general_loss(trainer.model, tokenizer)}
         save(settings, trainer, tokenizer)
+        saved = True
     finally:
-        if trainer.is_world_process_zero():
-            write_log(trainer.state.log_history, out / "training_log.csv")
-            plot_loss(trainer.state.log_history, out / "training_loss.png")
+        if trainer.is_world_process_zero():  # an earlier run's adapter keeps its log when this one fails
+            beside = out if saved or not (out / "settings.yaml").is_file() else checkpoints
+            write_log(trainer.state.log_history, beside / "training_log.csv")
+            plot_loss(trainer.state.log_history, beside / "training_loss.png")
+    trainer.accelerator.wait_for_everyone()  # the others may still read the best checkpoint
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
     return metrics
+
+
+def _same_order(seed: int):
+    """A callback that gives each epoch an order of rows of its own seed: the same on every process, and after a kill."""
+    import torch
+    from transformers import TrainerCallback
+
+    class SameOrder(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, train_dataloader, **_):
+            batches = train_dataloader.batch_sampler
+            while hasattr(batches, "batch_sampler"):  # accelerate's, around the trainer's
+                batches = batches.batch_sampler
+            if args.train_sampling_strategy == "group_by_length":
+                batches.sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch))
+
+    return SameOrder()
 
 
 def newest_checkpoint(folder: Path, mark: str) -> Path | None:
@@ -176,7 +203,7 @@ def newest_checkpoint(folder: Path, mark: str) -> Path | None:
     marker = folder / "recipe.json"
     if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")).get("hash") != mark:
         if any(folder.glob("checkpoint-*")):
-            print(f"{folder}: checkpoints of another recipe or other rows; starting afresh.")
+            _say(f"{folder}: checkpoints of another recipe, other rows or more or fewer processes; starting afresh.")
         return None
     complete = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
     return max(complete, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
@@ -233,12 +260,12 @@ def _facts(settings, contract, tokenizer) -> dict:
     files = {name: registry.file_hash(split_of(settings, name))[:16] for name in ("train", "dev_internal")}
     known = [d for d in registry.read(settings, "datasets") if files.items() <= d.get("split", {}).get("files", {}).items()]
     if not known:
-        print("WARNING: these rows are not a recorded dataset version; run 04_curate, or the release gate will not pass.")
+        _say("WARNING: these rows are not a recorded dataset version; run 04_curate, or the release gate will not pass.")
     facts = {"rows": files, "contract": contract.schema_hash, "chat_template": digest(tokenizer.chat_template)}
     facts["base_hash"] = base_hash(settings)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=settings.root, capture_output=True, text=True, check=False)
     return head(settings) | {
-        "recipe_hash": recipe_hash(settings, **facts),
+        "recipe_hash": recipe_hash(settings, processes=processes(), **facts),
         "parents": {"dataset": known[-1]["version"] if known else None, "base": settings.model.base, **facts},
         "commit": commit.stdout.strip() or None, "packages": {name: _version(name) for name in PACKAGES},
         "seeds": {"train": settings.train.seed, "split": settings.curate.seed}, "device": in_force(settings)["device"],
@@ -246,14 +273,15 @@ def _facts(settings, contract, tokenizer) -> dict:
     }  # fmt: skip
 
 
-def _one_process() -> bool:
-    """Whether the model is whole in this process, which is alone."""
-    return os.environ.get("WORLD_SIZE", "1") == "1"
-
-
 def _first_process() -> bool:
     """Whether this is the process that writes, under `accelerate launch` too."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    """Print, once for all processes."""
+    if _first_process():
+        print(text, flush=True)
 
 
 def _version(package: str) -> str | None:
