@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,7 @@ COMMON = {  # no looks and no checkpoints while the steps are timed
 SPEED = {  # name -> (script, settings); one group, its steps interleaved
     "ours_trl": ("ours", {"train.trainer": "trl"}),
     "plain_trl": ("plain_trl", {}),
+    "plain_trl_full_loss": ("plain_trl_full_loss", {}),
     "ours_unsloth": ("ours", {"train.trainer": "unsloth"}),
     "plain_unsloth": ("plain_unsloth", {"train.trainer": "unsloth"}),
 }
@@ -47,20 +49,27 @@ PARTS = ("speed", "variants", "task", "sanity", "preference")
 # The plain scripts: what the libraries' own pages show, told the same recipe.
 
 
-def plain_trl(settings, rows, contract, out: Path) -> None:
-    """TRL with a prompt-completion data set; tokens, mask, batches and loss are its own."""
+def plain_trl(settings, rows, contract, out: Path, full_loss: bool = False) -> None:
+    """TRL with a prompt-completion data set; tokens, mask and batches are its own. TRL 1.15 has no kernel for its loss
+    on a CPU: there it is given ours, or with `full_loss` the model's own over all positions, as TRL advises."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from slm.models import base_folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from slm.train.cpu import patch_trl
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
     from trl import SFTConfig, SFTTrainer
 
+    class OwnLoss(SFTTrainer):
+        compute_loss = Trainer.compute_loss
+
+    patch_trl()
     force = in_force(settings)
     dtype = torch.float32 if force["precision"] == "fp32" else torch.bfloat16
     chats = [contract.messages(row) for row in rows]
-    SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base_folder(settings), dtype=dtype, attn_implementation=force["attention"]),
+    load = {"dtype": dtype, "attn_implementation": force["attention"]}
+    (OwnLoss if full_loss else SFTTrainer)(
+        model=AutoModelForCausalLM.from_pretrained(base_folder(settings), **load),
         args=SFTConfig(**plain_arguments(settings, out), completion_only_loss=True),
         train_dataset=Dataset.from_list([{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]),
         processing_class=AutoTokenizer.from_pretrained(base_folder(settings)),
@@ -78,15 +87,14 @@ def plain_unsloth(settings, rows, contract, out: Path) -> None:
     from unsloth.chat_templates import train_on_responses_only
 
     recipe, force = settings.train, in_force(settings)
-    cpu = force["device"].startswith("cpu")
+    checkpointing = {"use_gradient_checkpointing": recipe.gradient_checkpointing}
+    attention = {"attn_implementation": force["attention"]} if force["device"].startswith("cpu") else {}
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=str(base_folder(settings)), max_seq_length=recipe.max_seq_length, load_in_4bit=False,
-        dtype=torch.float32 if force["precision"] == "fp32" else torch.bfloat16,
-        use_gradient_checkpointing=recipe.gradient_checkpointing, **({"attn_implementation": force["attention"]} if cpu else {}),
+        dtype=torch.float32 if force["precision"] == "fp32" else torch.bfloat16, **checkpointing, **attention,
     )  # fmt: skip
-    model = FastLanguageModel.get_peft_model(
-        model, random_state=recipe.seed, use_gradient_checkpointing=recipe.gradient_checkpointing, **lora_arguments(settings)
-    )
+    lora = lora_arguments(settings)
+    model = FastLanguageModel.get_peft_model(model, random_state=recipe.seed, **checkpointing, **lora)
     texts = [tokenizer.apply_chat_template(contract.messages(row), tokenize=False) for row in rows]
     trainer = SFTTrainer(
         model=model, args=SFTConfig(**plain_arguments(settings, out), dataset_text_field="text"),
@@ -193,7 +201,8 @@ def worker(spec: dict) -> None:
         _, metrics = sft.fit(settings, contract, tokenizer, both, examples, "bench", False)
         found |= {k: metrics[k] for k in ("train_seconds", "task_share", "task_looks", "task_rows") if k in metrics}
     else:
-        {"plain_trl": plain_trl, "plain_unsloth": plain_unsloth}[spec["script"]](settings, rows, contract, WORK / "plain")
+        trl = partial(plain_trl, full_loss=spec["script"] == "plain_trl_full_loss")
+        (plain_unsloth if spec["script"] == "plain_unsloth" else trl)(settings, rows, contract, WORK / "plain")
     shutil.rmtree(sft.adapter_folder(settings), ignore_errors=True)
     found["seconds"] = [after[0] - before[1] for before, after in zip(marks, marks[1:], strict=False)]
     found["peak_gb"] = round((max(peaks) - held) / 1e9, 2)
@@ -279,9 +288,11 @@ def figures(one: dict) -> dict:
 def speed(profile: str, steps: int, pair: str = "") -> dict:
     """Our two trainers and the two plain scripts; with `pair` only that library's two."""
     found = interleave({name: what for name, what in SPEED.items() if pair in name}, profile, steps)
-    ratios = {f"{lib}, ours to plain": ratio(found[f"ours_{lib}"], found[f"plain_{lib}"]) for lib in ("trl", "unsloth") if lib in "".join(found)}
-    if len(found) == 4:
-        ratios["ours, unsloth to trl"] = ratio(found["ours_unsloth"], found["ours_trl"])
+    if full := found.get("plain_trl_full_loss"):
+        full["tokens"] = found["plain_trl"]["tokens"]  # it logs none; the batches are the same
+    against = {"plain_trl": "ours_trl", "plain_trl_full_loss": "ours_trl", "plain_unsloth": "ours_unsloth"}
+    against["ours_trl"] = "ours_unsloth"
+    ratios = {f"{a} to {b}": ratio(found[a], found[b]) for b, a in against.items() if {a, b} <= found.keys()}
     return {"ratios": ratios} | {name: figures(one) for name, one in found.items()}
 
 
@@ -290,7 +301,8 @@ def variants(profile: str, steps: int, only: str = "") -> dict:
     kept = {}
     for group, members in VARIANTS.items():
         if group in (only or "abc"):
-            found = interleave({f"as_it_is_{group}": ("ours", {})} | {n: ("ours", s) for n, s in members.items()}, profile, steps)
+            runs = {name: ("ours", changed) for name, changed in ({f"as_it_is_{group}": {}} | members).items()}
+            found = interleave(runs, profile, steps)
             base = found[f"as_it_is_{group}"]
             kept |= {name: figures(one) | {"ratio": ratio(one, base)} for name, one in found.items()}
     return kept | {"padding": padding(profile)}
@@ -340,12 +352,13 @@ def sanity(profile: str) -> dict:
     """`python -m slm sanity` on the project."""
     begin = time.perf_counter()
     command = [sys.executable, "-m", "slm", "sanity", "--profile", profile, "--run-id", "bench"]
-    path = os.pathsep.join((str(WORK), str(PROJECT)))
-    done = subprocess.run(command, cwd=WORK, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(WORK), str(PROJECT)))}
+    done = subprocess.run(command, cwd=WORK, env=env, capture_output=True, text=True, check=False)
     said = (done.stdout + done.stderr).strip().splitlines()[-1]
     record = json.loads((WORK / "registry/runs.jsonl").read_text().splitlines()[-1])
     metrics = {k: record.get("metrics", {}).get(k) for k in ("exact", "rows", "steps", "loss_final", "tokens_per_s")}
-    return {"exit_code": done.returncode, "said": said, "minutes": round((time.perf_counter() - begin) / 60, 1), **metrics}
+    minutes = round((time.perf_counter() - begin) / 60, 1)
+    return {"exit_code": done.returncode, "said": said, "minutes": minutes, **metrics}
 
 
 def preference(source: Path, run: str, profile: str, limit: int, methods: list[str]) -> dict:
@@ -367,8 +380,8 @@ def preference(source: Path, run: str, profile: str, limit: int, methods: list[s
 
 def copy(source: Path, run: str) -> None:
     """What training reads of a project, to build/training; the project itself is only read."""
-    parts = ("project.yaml", "task", "training", "data/eval", "data/raw", "data/accepted", "registry", "outputs/eval_reports")
-    for part in (*parts, f"outputs/adapters/{run}"):
+    data = ("data/eval", "data/raw", "data/accepted", "registry", "outputs/eval_reports", f"outputs/adapters/{run}")
+    for part in ("project.yaml", "task", "training", *data):
         if (source / part).is_dir():
             shutil.rmtree(WORK / part, ignore_errors=True)
             shutil.copytree(source / part, WORK / part)
@@ -382,18 +395,19 @@ def main() -> None:
     parser.add_argument("--project", type=Path, default=ROOT / "build" / "demo", help="made by `make demo`; only read")
     parser.add_argument("--run", default="demo", help="its run, for preference tuning")
     parser.add_argument("--profile", default="cpu", help="gpu runs the same measurements on a GPU")
-    parser.add_argument("--part", choices=PARTS, action="append", help="by default all; figures of other parts are kept")
-    parser.add_argument("--group", default="", help="of variants: a, b or c; of speed: trl or unsloth; of preference: a method")
-    parser.add_argument("--steps", type=int, default=22, help="per worker; the first is not timed")
+    parser.add_argument("--part", choices=PARTS, action="append", help="by default all; other figures are kept")
+    parser.add_argument("--group", default="", help="variants: a, b, c; speed: trl, unsloth; preference: a method")
+    parser.add_argument("--steps", type=int, default=22, choices=range(6, 40), metavar="N", help="first one untimed")
     parser.add_argument("--looks", type=int, default=20, help="steps between two looks at the task metric")
-    parser.add_argument("--limit", type=int, default=400, help="rows that are asked for failures before preference tuning")
+    parser.add_argument("--limit", type=int, default=400, help="rows asked for failures before preference tuning")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         spec = json.loads(options.worker)
         return tune(spec) if spec.get("tune") else worker(spec)
     WORK.mkdir(parents=True, exist_ok=True)
-    copy(options.project.resolve(), options.run)
+    source = options.project.resolve()
+    copy(source, options.run)
     kept = WORK / "figures.json"
     found = json.loads(kept.read_text()) if kept.is_file() else {}
     methods = [m for m in ("dpo", "orpo", "grpo") if options.group in ("", m)]
@@ -402,13 +416,14 @@ def main() -> None:
         "variants": lambda: variants(options.profile, options.steps, options.group),
         "task": lambda: task(options.profile, options.looks),
         "sanity": lambda: sanity(options.profile),
-        "preference": lambda: preference(options.project.resolve(), options.run, options.profile, options.limit, methods),
+        "preference": lambda: preference(source, options.run, options.profile, options.limit, methods),
     }
     for part in options.part or PARTS:
         load, begin = os.getloadavg()[0], time.perf_counter()
         new = measures[part]()
         found[part] = (found.get(part, {}) if options.group else {}) | new
-        found[part]["conditions"] = {"load_before": round(load, 1), "seconds": round(time.perf_counter() - begin), "cores": os.cpu_count()}
+        seconds = round(time.perf_counter() - begin)
+        found[part]["conditions"] = {"load_before": round(load, 1), "seconds": seconds, "cores": os.cpu_count()}
         kept.write_text(json.dumps(found, indent=1))
         print(part, json.dumps(found[part]), file=sys.stderr, flush=True)
     print(json.dumps({"benchmark": "training", **found}))
