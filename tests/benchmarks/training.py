@@ -181,6 +181,9 @@ def worker(spec: dict) -> None:
                 sys.stdin.readline()
             marks.append((end, time.perf_counter()))
 
+        def on_train_begin(self, args, state, control, **_):
+            torch.manual_seed(0)  # it orders the rows: every worker has the same batches
+
         def on_train_end(self, args, state, control, **_):
             tokens = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry and "loss" in entry]
             found["tokens"] = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
