@@ -175,7 +175,7 @@ def memory(settings, examples: list, batch: int = 0) -> dict[str, float]:
     return {
         "weights": total * wide - packed, "adapters": 0 if full else 4 * trained, "gradients": 4 * trained,
         "optimizer": trained * (2 if "8bit" in force["optimizer"] else 8),
-        "activations": batch * kept + 2 * total * (full and half), "logits": batch * answer * config.vocab_size * 12,
+        "activations": batch * kept + 2 * total * (full and half), "logits": batch * answer * config.vocab_size * 16,
     }  # fmt: skip
 
 
