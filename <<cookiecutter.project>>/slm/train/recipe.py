@@ -143,11 +143,11 @@ def estimate(settings, examples: list) -> dict:
 
 def memory(settings, examples: list, batch: int = 0) -> dict[str, float]:
     """Rough bytes of a run whose batches hold the longest row: weights, adapters, gradients, optimizer, activations,
-    logits. What a layer keeps for the backward pass is counted in the way of Korthikanti et al. (2022) on the Llama
-    family as torch keeps it: s x (26 h + 8 f) bytes a row in 16 bit (f: width of the feed-forward), 6 a s^2 more where
-    attention is not fused, 4 bytes per input of an adapted matrix where these are dropped out, and its input alone
-    under gradient checkpointing; a 4-bit weight is 4.13 bits (Dettmers et al. 2023). Raises SlmError for a row longer
-    than the base model's context."""
+    logits, and on a CPU a third more, which allocator and kernels were measured to hold. What a layer keeps for the
+    backward pass is counted in the way of Korthikanti et al. (2022) on the Llama family as torch keeps it: in 16 bit
+    s x (26 h + 8 f) bytes a row (f: width of the feed-forward), 6 a s^2 more where attention is not fused, 4 bytes per
+    input of an adapted matrix where these are dropped out, and its input alone under gradient checkpointing; a 4-bit
+    weight is 4.13 bits (Dettmers et al. 2023). Raises SlmError for a row longer than the base model's context."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -172,11 +172,12 @@ def memory(settings, examples: list, batch: int = 0) -> dict[str, float]:
     upper = min(recipe.lora_layers or depth, depth)
     kept = layer + upper * 2 * s * h if recipe.gradient_checkpointing else upper * layer
     answer = max(sum(label != -100 for label in e.labels) for e in examples)
-    return {
+    need = {
         "weights": total * wide - packed, "adapters": 0 if full else 4 * trained, "gradients": 4 * trained,
         "optimizer": trained * (2 if "8bit" in force["optimizer"] else 8),
         "activations": batch * kept + 2 * total * (full and half), "logits": batch * answer * config.vocab_size * 16,
     }  # fmt: skip
+    return need | {"overhead": sum(need.values()) / 3 * force["device"].startswith("cpu")}
 
 
 def free_memory() -> float:
