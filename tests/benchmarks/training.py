@@ -357,7 +357,7 @@ def sanity(profile: str) -> dict:
     command = [sys.executable, "-m", "slm", "sanity", "--profile", profile, "--run-id", "bench"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(WORK), str(PROJECT)))}
     done = subprocess.run(command, cwd=WORK, env=env, capture_output=True, text=True, check=False)
-    said = (done.stdout + done.stderr).strip().splitlines()[-1]
+    said = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
     record = json.loads((WORK / "registry/runs.jsonl").read_text().splitlines()[-1])
     metrics = {k: record.get("metrics", {}).get(k) for k in ("exact", "rows", "steps", "loss_final", "tokens_per_s")}
     minutes = round((time.perf_counter() - begin) / 60, 1)
