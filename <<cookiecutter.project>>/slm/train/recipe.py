@@ -151,9 +151,11 @@ def estimate(settings, examples: list) -> dict:
 
 def memory(settings, examples: list, batch: int = 0) -> dict[str, float]:
     """Rough bytes of a run whose batches hold the longest row: weights, adapters, gradients, optimizer, activations,
-    logits. A layer keeps s x h x (34 + 5 x a x s / h) bytes a row in 16 bit (Korthikanti et al. 2022), without the
-    second term where attention is fused, and its input alone under gradient checkpointing; a 4-bit weight is 4.13 bits
-    (Dettmers et al. 2023). Raises SlmError for a row longer than the base model's context."""
+    logits, and on a CPU a third more, which allocator and kernels were measured to hold. What a layer keeps for the
+    backward pass is counted in the way of Korthikanti et al. (2022) on the Llama family as torch keeps it: in 16 bit
+    s x (26 h + 8 f) bytes a row (f: width of the feed-forward), 6 a s^2 more where attention is not fused, 4 bytes per
+    input of an adapted matrix where these are dropped out, and its input alone under gradient checkpointing; a 4-bit
+    weight is 4.13 bits (Dettmers et al. 2023). Raises SlmError for a row longer than the base model's context."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -173,15 +175,19 @@ def memory(settings, examples: list, batch: int = 0) -> dict[str, float]:
     packed = (total - config.vocab_size * h) * (wide - 4.13 / 8) if force["load_in_4bit"] else 0
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # each process holds a share
         total, trained, packed = (size / processes() for size in (total, trained, packed))
-    layer = s * h * (34 + 5 * config.num_attention_heads * s / h * (force["attention"] == "eager"))
+    f, half = config.intermediate_size, force["precision"] != "fp32"
+    layer = s * (26 * h + 8 * f) * (1 if half else 1.6)
+    layer += s * s * config.num_attention_heads * (6 if half else 4) * (force["attention"] == "eager")
+    layer += s * 4 * (6 * h + f) * (not full and recipe.lora_dropout > 0)
     upper = min(recipe.lora_layers or depth, depth)
     kept = layer + upper * 2 * s * h if recipe.gradient_checkpointing else upper * layer
     answer = max(sum(label != -100 for label in e.labels) for e in examples)
-    return {
+    need = {
         "weights": total * wide - packed, "adapters": 0 if full else 4 * trained, "gradients": 4 * trained,
         "optimizer": trained * (2 if "8bit" in force["optimizer"] else 8),
-        "activations": batch * kept * wide / 2, "logits": batch * answer * config.vocab_size * 12,
+        "activations": batch * kept + 2 * total * (full and half), "logits": batch * answer * config.vocab_size * 16,
     }  # fmt: skip
+    return need | {"overhead": sum(need.values()) / 3 * force["device"].startswith("cpu")}
 
 
 def free_memory() -> float:
