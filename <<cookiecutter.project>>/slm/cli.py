@@ -70,6 +70,16 @@ def advise(run_id: str, config: Config = "project.yaml") -> None:
     print(*(found or [f"run {run_id}: nothing to change in the recipe; 07_repair looks at the rows."]), sep="\n")
 
 
+@app.command()
+def diagnose(run_id: str, profile: Profile = "default", config: Config = "project.yaml") -> None:
+    """Why a run disappoints: five symptoms, their likely causes tested on its own artefacts, what mends them."""
+    from slm.diagnose.causes import diagnose as find
+
+    settings = load_settings(config, profile, {}, run_id)
+    print(find(settings, project_contract(settings), run_id))
+    print(f"Wrote outputs/eval_reports/{run_id}/diagnosis.md")
+
+
 def project_contract(settings):
     """The contract in the project's task/contract.py."""
     sys.path.insert(0, str(settings.root))

@@ -29,18 +29,25 @@ class Advice:
         return "\n".join(line for line in (f"{self.finding}: {self.evidence}", f"  {flags}", f"  {self.besides}") if line.strip())
 
 
+def curve(settings) -> tuple[list[float], list[tuple[float, int]]]:
+    """The losses that training_log.csv holds: of the training batches, and (loss, step) on dev_internal."""
+    file = adapter_folder(settings) / "training_log.csv"
+    if not file.is_file():
+        raise SlmError(f"run {settings.run_id}: no training_log.csv; run 05_train for it first.")
+    log = list(csv.DictReader(file.open(encoding="utf-8")))
+    dev = [(float(line["eval_loss"]), int(line["step"])) for line in log if line["eval_loss"]]
+    return [float(line["loss"]) for line in log if line["loss"]], dev
+
+
 def advise(settings, run_id: str) -> list[Advice]:
     """What to change for the next run, most urgent first; empty when nothing stands out. Raises SlmError when the run
     was not trained or not evaluated."""
     record = registry.latest(settings, "runs", stage="train", run_id=run_id, status="completed")
     settings = settings.model_copy(update={"run_id": run_id})
-    log_file, report_file = adapter_folder(settings) / "training_log.csv", scores_file(settings, run_id).with_name("eval_report.json")
-    for file, stage in ((log_file, "05_train"), (report_file, "06_evaluate")):
-        if record is None or not file.is_file():
-            raise SlmError(f"run {run_id}: no {file.name}; run {stage} for it first.")
-    log = list(csv.DictReader(log_file.open(encoding="utf-8")))
-    losses = [float(line["loss"]) for line in log if line["loss"]]
-    dev = [(float(line["eval_loss"]), int(line["step"])) for line in log if line["eval_loss"]]
+    report_file, (losses, dev) = scores_file(settings, run_id).with_name("eval_report.json"), curve(settings)
+    for there, what, stage in ((record, "completed training", "05_train"), (report_file.is_file(), report_file.name, "06_evaluate")):
+        if not there:
+            raise SlmError(f"run {run_id}: no {what}; run {stage} for it first.")
     contract = json.loads(report_file.read_text(encoding="utf-8"))["contract"]
     mine = next(r for r in load_candidate(settings, run_id) if (r.set, r.name) == ("dev", NAME))
     fifth = max(1, len(losses) // 5)
