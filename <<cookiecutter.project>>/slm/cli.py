@@ -62,15 +62,6 @@ def sanity(
 
 
 @app.command()
-def advise(run_id: str, config: Config = "project.yaml") -> None:
-    """What to change in the recipe after a run, as settings, with the evidence."""
-    from slm.train.adviser import advise as advice
-
-    found = advice(load_settings(config, "default", {}, run_id), run_id)
-    print(*(found or [f"run {run_id}: nothing to change in the recipe; 07_repair looks at the rows."]), sep="\n")
-
-
-@app.command()
 def diagnose(run_id: str, profile: Profile = "default", config: Config = "project.yaml") -> None:
     """Why a run disappoints: five symptoms, their likely causes tested on its own artefacts, what mends them."""
     from slm.diagnose.causes import diagnose as find

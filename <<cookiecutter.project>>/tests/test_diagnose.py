@@ -32,7 +32,7 @@ WORDS = {topic: ["".join(random.Random(f"{topic}{n}").sample(LETTERS, 6)) for n 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MANY = create_model("Many", __config__=ConfigDict(extra="forbid"), **{f"field_{n}": (int, ...) for n in range(20)})
 WIDE = Contract(name="wide", task_type="extraction", output=MANY, system_prompt="Fill it in.", primary_metric="field_f1", target=0.9)
-LOSSES, DEV = (3.0, 1.5, 0.8, 0.5, 0.4, 0.36, 0.33, 0.32, 0.31, 0.31), ((0, 3.0), (50, 0.5), (100, 0.4))
+LOSSES, DEV = (3.0, 1.5, 0.8, 0.5, 0.4, 0.33, 0.31, 0.31, 0.31, 0.31), ((0, 3.0), (50, 0.5), (100, 0.4))
 
 
 def gold(i: int) -> dict:
@@ -58,12 +58,12 @@ class Says:
 
     memory_mb = None
 
-    def __init__(self, name: str, asked, answer, finish: str = "stop"):
+    def __init__(self, name: str, asked, answer, finish: str = "stop", tokens=lambda n: 0):
         self.name = self.fingerprint = name
-        self.texts, self.finish = {row.user: answer(n) for n, row in enumerate(asked)}, finish
+        self.told = {row.user: (answer(n), 0.1, tokens(n), 9, finish) for n, row in enumerate(asked)}
 
     def answer(self, prompts):
-        return [Answer(self.texts[p.messages[-1]["content"]], 0.1, 0, 9, self.finish) for p in prompts]
+        return [Answer(*self.told[p.messages[-1]["content"]]) for p in prompts]
 
 
 def right(share: float, answer=gold):
@@ -83,6 +83,7 @@ def plant(tmp_path):
     def make(
         train=None, dev=None, golden=None, answers=right(1.0), base=right(0.1), majority=right(0.0), finish="stop", contract=CONTRACT,
         recipe=(), numbers=(), parents=(), losses=LOSSES, dev_losses=DEV, modules=LINEAR, files=(), settings=(), probe=(2.0, 2.1),
+        tokens=lambda n: 0,
     ) -> Run:  # fmt: skip
         body = {"model": {"base": "tiny"}, "evaluate": {"resamples": 100}, **dict(settings)}
         (tmp_path / "project.yaml").write_text(yaml.safe_dump(body))
@@ -112,11 +113,8 @@ def plant(tmp_path):
                         "epochs": 2.0, "steps": 100, "best_step": 100, "longest_row": 300, **dict(numbers)},
             "parents": {"dataset": "v1", "base": "tiny", "contract": contract.schema_hash,
                         "chat_template": digest((tiny / "chat_template.jinja").read_text()), **dict(parents)}})  # fmt: skip
-        told = {"majority": majority, "base": base, "fine_tuned": answers, **dict(files)}
-        found = [
-            evaluate(mine, contract, Says(name, sets["dev"], text, finish if name == "fine_tuned" else "stop"), sets["dev"], set="dev", name=name)
-            for name, text in told.items()
-        ]
+        told = {"majority": (majority,), "base": (base,), "fine_tuned": (answers, finish, tokens), **{n: (a,) for n, a in dict(files).items()}}
+        found = [evaluate(mine, contract, Says(n, sets["dev"], *how), sets["dev"], set="dev", name=n) for n, how in told.items()]
         out = tmp_path / "outputs/eval_reports/r1"
         write_json(out / "scores.json", [r.model_dump() for r in found[2:]])
         write_json(out / "baselines.json", {"key": {}, "results": [r.model_dump() for r in found[:2]]})
@@ -148,7 +146,13 @@ def test_a_sound_run_has_none_of_the_symptoms(plant):
 def test_a_bad_score_alone_accuses_no_cause(plant):
     """Guards against blaming whatever is tested first: failures without any of the causes have none found."""
     (causes,) = shown(plant(answers=right(0.6))).values()
-    assert len(causes) == 6 and {c.verdict for c in causes} == {"ruled out"} and all(c.evidence for c in causes)
+    assert len(causes) == 9 and {c.verdict for c in causes} == {"ruled out"} and all(c.evidence for c in causes)
+
+
+def lost(i: int) -> str:
+    """All fields wrong in every fifth row."""
+    wrong = {"topic": TOPICS[(i + 1) % 3], "order": "B-1", "urgent": i % 4 != 0}
+    return json.dumps(gold(i) if i % 5 else wrong)
 
 
 def noise(i: int) -> dict:
@@ -169,7 +173,8 @@ def alike():
 
 
 def template(i: int, seed) -> str:
-    one, two, three, four = random.Random(f"{seed}{i}").sample(WORDS[TOPICS[i % 3]], 4)
+    pick = random.Random(f"{seed}{i}")
+    one, two, three, four = *pick.sample(WORDS[TOPICS[i % 3]], 2), *pick.sample(WORDS["all"], 2)
     return f"please look at the {one} {two} that i have bought from you on {three} {four} and tell me what to do about it now"
 
 
@@ -189,12 +194,34 @@ GOLDEN = [r.answered(json.dumps({**gold(n), "topic": "none"})).model_copy(update
         ({"answers": lambda i: json.dumps({**gold(i), "topic": {"bill": "bug", "bug": "bill", "none": "none"}[gold(i)["topic"]]} if i % 2
                                           else gold(i))}, "the contract is ambiguous", "taken for each other"),
         ({"train": rows(300, "train", text=template)}, "templates are memorized", "100% of the training messages"),
+        ({"dev_losses": ((0, 3.0), (50, 0.3), (100, 0.6))}, "too many epochs", "best 0.300 at step 50, 0.600 at the end"),
+        ({"losses": (3.0, *[0.05] * 9)}, "too many epochs", "training loss 0.05"),
+        ({"losses": (3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6, 0.5)}, "training was too short", "0.900 to 0.550 in the last fifth"),
+        ({"answers": lost, "tokens": lambda n: 900 if n % 5 == 0 else 100}, "long inputs fail", "score 0.000 (n=12)"),
     ],
 )  # fmt: skip
 def test_a_loss_that_falls_without_the_evaluation_is_explained(plant, what, cause, evidence):
     """Planted: each cause of the first table. Guards against tuning settings where the data are at fault."""
     found = first(plant(**{"answers": right(0.6), **what}), "the training loss falls")
     assert (found.name, found.verdict) == (cause, "found") and evidence in found.evidence and found.fix
+
+
+@pytest.mark.parametrize(
+    ("what", "flags"),
+    [
+        ({"dev_losses": ((0, 3.0), (50, 0.3), (100, 0.6))},
+         {"train.epochs": 1.0, "train.lora_rank": 8, "train.lora_alpha": 16, "train.lora_dropout": 0.1}),
+        ({"losses": (3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6, 0.5)},
+         {"train.epochs": 3, "train.lora_rank": 32, "train.lora_alpha": 64}),
+        ({"losses": (3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6, 0.5), "probe": (2.0, 3.0)}, {"train.epochs": 3}),
+        ({"answers": lost, "tokens": lambda n: 900 if n % 5 == 0 else 100},
+         {"train.max_seq_length": 2048, "evaluate.context": 2048}),
+    ],
+)  # fmt: skip
+def test_what_settings_can_mend_is_said_as_settings(plant, what, flags):
+    """Guards against advice that nobody can type; the rank is not raised in a model that forgets."""
+    causes = next(iter(shown(plant(**{"answers": right(0.6), **what})).values()))
+    assert causes[0].flags == flags
 
 
 @pytest.mark.parametrize(
@@ -233,10 +260,10 @@ HEATED = (3.0, 1.0, 0.6, 2.0, 3.5, 4.0, 4.5, 4.4, 4.6, 4.5)
     ("what", "cause", "evidence"),
     [
         ({"train": rows(300, "train", lambda i: {**gold(i), "topic": "bills"} if i % 9 == 0 else gold(i))}, "bad data", "34: train-0 (topic"),
-        ({"losses": HEATED, "dev_losses": ((0, 3.0), (50, 1.1), (100, 4.4))}, "the learning rate is too high", "rises by 4.000"),
+        ({"losses": HEATED, "dev_losses": ((0, 3.0), (50, 1.1), (100, 4.4))}, "the learning rate is too high", "rises by 4.000 over its lowest"),
         ({"losses": (3.0, *[0.02] * 9), "dev_losses": ((0, 3.0), (50, 0.3), (100, 0.6))}, "too many epochs", "best 0.300 at step 50"),
         ({"parents": {"chat_template": "before"}}, "wrong chat template", "the adapter has another chat template than was trained with"),
-        ({"modules": ("q_proj",)}, "wrong target modules", "nothing was trained on: down_proj, gate_proj, k_proj"),
+        ({"modules": ("q_proj",)}, "wrong target modules", "nothing was trained: 6: down_proj; gate_proj; k_proj"),
         ({"train": rows(280, "train") + [r.answered(json.dumps({**gold(n), "topic": TOPICS[(n + 1) % 3]})).model_copy(update={"id": f"leak-{n}"})
                                          for n, r in enumerate(rows(9, "dev"))]},
          "leakage or conflicting labels", "leak-0 is like dev dev-0, answered otherwise"),

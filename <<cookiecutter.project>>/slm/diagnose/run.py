@@ -1,5 +1,6 @@
 """What a run left behind, read when a test asks for it; what is missing raises the sentence that says how to get it."""
 
+import csv
 import json
 import re
 from collections import Counter
@@ -11,11 +12,10 @@ import numpy as np
 from slm import registry
 from slm.contract import Contract
 from slm.curate.duplicates import cosine_edges, differing
-from slm.curate.leakage import evaluation_rows
 from slm.curate.text import sketch, text_of, words
 from slm.errors import SlmError
 from slm.evaluate.baselines import training_rows
-from slm.evaluate.candidate import NAME, by_set, load_candidate, scores_file
+from slm.evaluate.candidate import NAME, load_candidate, scores_file
 from slm.evaluate.compare import Comparison, compare_results
 from slm.evaluate.metrics import Result, read_results
 from slm.evaluate.scorers import Score
@@ -24,13 +24,13 @@ from slm.export.modelfile import check_modelfile
 from slm.export.tokens import conversations, prove_tokens
 from slm.models import base_folder
 from slm.repair.load import with_rows
-from slm.rows import Row
+from slm.rows import Row, read_rows
 
-MOST = 5000  # rows that are compared with each other
-SIGNS = {  # what the proofs of 08 say -> the cause that it shows, the first that matches
-    "chat template": "TEMPLATE|SYSTEM|chat template (renders|is)", "stop tokens": "no stop at", "sampling": "evaluated was",
-    "conversion": "lost their type|token ids|vocabulary|BOS|cannot read it|FROM names|not the file that",
-    "end token": "end token|turn end|plain text in it|ends an answer",
+MOST = 5000  # training rows that are looked at
+SIGNS = {  # what 08 or its proofs say -> the cause that it shows, the first that matches
+    "chat template": "^chat template:|TEMPLATE|SYSTEM|chat template (renders|is)", "stop tokens": "no stop at",
+    "sampling": "^sampling:|evaluated was", "end token": "end token|turn end|plain text in it|ends an answer",
+    "conversion": "",
 }  # fmt: skip
 
 
@@ -52,10 +52,21 @@ class Run:
         raise SlmError("it was not trained to the end; run 05_train.")
 
     @cached_property
+    def losses(self) -> tuple[list[float], list[tuple[float, int]]]:
+        """By training_log.csv: the loss of training batches, and (loss, step) on dev_internal."""
+        file = self.settings.path(f"outputs/adapters/{self.id}/training_log.csv")
+        if not file.is_file():
+            raise SlmError("its training_log.csv is not there; run 05_train.")
+        log = list(csv.DictReader(file.open(encoding="utf-8")))
+        dev = [(float(line["eval_loss"]), int(line["step"])) for line in log if line["eval_loss"]]
+        return [float(line["loss"]) for line in log if line["loss"]], dev
+
+    @cached_property
     def results(self) -> dict[str, Result]:
         """What ran on dev: the baselines, the fine-tuned model and its files."""
         own, file = load_candidate(self.settings, self.id), scores_file(self.settings, self.id).with_name("baselines.json")
-        return by_set([r for r in [*(read_results(file, "02_baseline") if file.is_file() else ()), *own] if r.ran])["dev"]
+        own = [*(read_results(file, "02_baseline") if file.is_file() else ()), *own]
+        return {r.name: r for r in own if r.ran and r.set == "dev"}
 
     def score(self, name: str = NAME) -> float:
         """The primary metric on dev."""
@@ -85,16 +96,6 @@ class Run:
         return training_rows(self.settings)[:MOST]
 
     @cached_property
-    def sets(self) -> dict[str, list[Row]]:
-        """The evaluation sets."""
-        return evaluation_rows(self.settings)
-
-    @cached_property
-    def broken(self) -> list[str]:
-        """Training rows whose answer breaks the contract."""
-        return [f"{row.id} ({error})" for row in self.train if (error := self.contract.parse(row.answer).error)]
-
-    @cached_property
     def filled(self) -> float:
         """Share of the training messages of which half the word triples stand in another one too."""
         made = sketch([words(text_of(row)) for row in self.train])
@@ -104,28 +105,30 @@ class Run:
 
     def conflicts(self, rows: list[Row]) -> list[str]:
         """Pairs of rows that gate 9 would call alike, and whose answers differ, other than on purpose."""
-        values = [self.contract.parse(row.answer).value or {} for row in rows]
-        a, b, _ = cosine_edges(dict(enumerate(map(text_of, rows))), np.arange(len(rows)), self.settings.curate.contradiction)
-        pairs = [(rows[x], values[x], rows[y], values[y]) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-        meant = [{p.meta.provenance.get("contrast_of"), q.meta.provenance.get("contrast_of")} & {p.id, q.id} for p, _, q, _ in pairs]
-        return [f"{p[0].id} and {p[2].id} ({name})" for p, own in zip(pairs, meant, strict=True) if not own and (name := differing(*p))]
+        texts, alike, found = dict(enumerate(map(text_of, rows))), self.settings.curate.contradiction, []
+        for n, m in zip(*(side.tolist() for side in cosine_edges(texts, np.arange(len(rows)), alike)[:2]), strict=True):
+            a, b = rows[n], rows[m]
+            meant = {row.meta.provenance.get("contrast_of") for row in (a, b)} & {a.id, b.id}
+            left, right = (self.contract.parse(row.answer).value or {} for row in (a, b))
+            if not meant and (name := differing(a, left, b, right)):
+                found.append(f"{a.id} and {b.id} ({name})")
+        return found
 
     @cached_property
     def export(self) -> dict:
-        """export.json of the run's files."""
+        """export.json, where 08 came to it."""
         file = self.settings.path(f"outputs/gguf/{self.id}/export.json")
-        if not file.is_file():
-            raise SlmError("08_export did not come to its report; run it to the end.")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     @cached_property
     def served(self) -> dict[str, list[str]]:
-        """Cause (of SIGNS) -> what is wrong with merged model, files and Modelfile, by the proofs of 08 made again."""
+        """Cause (of SIGNS) -> what is wrong with merged model, files and Modelfile: 08's verdict, and its proofs made again."""
         merged, folder = (self.settings.path(f"outputs/{name}/{self.id}") for name in ("merged", "gguf"))
-        files, modelfile, said = sorted(folder.glob("model-*.gguf")), folder / "Modelfile", []
+        files, modelfile = sorted(folder.glob("model-*.gguf")), folder / "Modelfile"
         if not files or not merged.is_dir():
             raise SlmError("no exported file, or no merged model to compare it with; run 08_export.")
-        chats = conversations(self.contract, self.sets["golden"], least=0)
+        said = [text for text in [self.export.get("attribution", "equal")] if text != "equal"]
+        chats = conversations(self.contract, read_rows(self.settings.path("data/eval/golden.jsonl")), least=0)
         proofs = [(check_ends, base_folder(self.settings), merged), *((prove_tokens, merged, file, chats) for file in files)]
         proofs += [(check_modelfile, self.settings, self.contract, merged, modelfile, chats)] * modelfile.is_file()
         for proof, *given in proofs:
@@ -133,5 +136,5 @@ class Run:
                 proof(*given)
             except SlmError as error:
                 said += str(error).replace(f"{self.settings.root}/", "").split("; ")
-        causes = [next((cause for cause, signs in SIGNS.items() if re.search(signs, text)), "") for text in said]
+        causes = [next(cause for cause, signs in SIGNS.items() if re.search(signs, text)) for text in said]
         return {name: [text for text, cause in zip(said, causes, strict=True) if cause == name] for name in SIGNS}
