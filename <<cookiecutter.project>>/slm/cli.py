@@ -62,11 +62,14 @@ def sanity(
 
 
 @app.command()
-def diagnose(run_id: str, profile: Profile = "default", config: Config = "project.yaml") -> None:
-    """Why a run disappoints: five symptoms, their likely causes tested on its own artefacts, what mends them."""
+def diagnose(run_id: str, config: Config = "project.yaml") -> None:
+    """Why a run disappoints: five symptoms, their likely causes tested on what it left behind, and what mends them."""
+    from slm import registry
     from slm.diagnose.causes import diagnose as find
 
-    settings = load_settings(config, profile, {}, run_id)
+    trained = registry.latest(load_settings(config), "runs", stage="train", run_id=run_id) or {}
+    own = {"model.base": trained["parents"]["base"]} if trained else {}
+    settings = load_settings(config, trained.get("profile", "default"), own, run_id)
     print(find(settings, project_contract(settings), run_id))
     print(f"Wrote outputs/eval_reports/{run_id}/diagnosis.md")
 

@@ -232,7 +232,7 @@ def test_what_settings_can_mend_is_said_as_settings(plant, what, flags):
           "dev": rows(60, "dev", lambda i: {f"field_{n}": n + i for n in range(20)}), **dict.fromkeys(("base", "majority"), lambda i: "{}"),
           "golden": rows(30, "golden", lambda i: {f"field_{n}": n + i for n in range(20)}),
           "answers": lambda i: json.dumps({f"field_{n}": n + i for n in range(20 - (i % 5 == 0))})},
-         "the schema is too complex", "20 fields, 1 deep; 12 answers are JSON that breaks the schema"),
+         "the schema is too complex", "20 fields, 1 deep; 12 answers break the schema, 0 are no JSON"),
         ({"parents": {"contract": "before"}}, "prompt and training format disagree", "trained under contract before"),
         ({"settings": {"export": {"temperature": 0.8}}}, "the temperature is too high", "export.temperature is 0.8"),
         ({"answers": lambda i: f"{json.dumps(gold(i))} and on and on" if i % 5 == 0 else json.dumps(gold(i)), "finish": "length"},
@@ -374,7 +374,7 @@ def test_quantization_that_loses_rows_is_named_only_where_f16_holds(export):
     }  # fmt: skip
     write_json(folder / "export.json", report)
     found = first(Run(settings, test_export.CONTRACT, "t"), "it works in the notebook")
-    assert found.name == "quantization is too aggressive" and "q4_k_m: divergence 0.4 nats, at most 0.1" in found.evidence
+    assert found.name == "quantization is too aggressive" and "q4_k_m: divergence 0.4, at most 0.1" in found.evidence
     write_json(folder / "export.json", report | {"attribution": "weights: token ids straight into the f16 file already score lower"})
     found = first(Run(settings, test_export.CONTRACT, "t"), "it works in the notebook")
     assert found.name == "bad conversion" and "weights: token ids" in found.evidence

@@ -1,4 +1,4 @@
-"""The five failure tables: how each likely cause is tested. Names and fixes stand in report/templates/diagnosis.yaml."""
+"""The five failure tables: how each likely cause is tested; names and fixes are in report/templates/diagnosis.yaml."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ PROOF = 10.0  # the level of a contradiction in the artefacts themselves; rules 
 # Rules of thumb: dev loss above its best; training loss as a share of it; fall of the loss in the last fifth; rise of
 # the loss on everyday questions (nats per token); a metric's drop on long rows, and how many times the median is long.
 RISE, GAP, FALLING, FORGOTTEN, DROP, LONG = 1.05, 0.5, 0.98, 0.4, 0.15, 1.5
-# What a test saw: its level (how many times the limit of the cause; found from 1 on), the evidence, settings that answer it.
+# What a test saw: its level (how many times the cause's limit; found from 1 on), the evidence, settings that answer it.
 Seen = tuple[float, str] | tuple[float, str, dict]
 
 
@@ -39,8 +39,8 @@ def diagnose(settings, contract, run_id: str) -> str:
 
 
 def verdicts(run: Run) -> list[SimpleNamespace]:
-    """The five symptoms in order; each that is found with its `causes`, most likely first: proofs, then by how far a limit
-    is passed."""
+    """The five symptoms in order; each that is found with its `causes`, most likely first: proofs, then by how far a
+    limit is passed."""
     import yaml
 
     found, file = [], Path(tables.__file__).with_name("templates") / "diagnosis.yaml"
@@ -52,8 +52,8 @@ def verdicts(run: Run) -> list[SimpleNamespace]:
 
 
 def judge(run: Run, name: str, fix: str, test) -> SimpleNamespace:
-    """`verdict` on a symptom or cause: "found", "ruled out" or, where the test lacks something, "not testable"; with its
-    `evidence`, and the `fix` and `flags` (settings) that mend it."""
+    """`verdict` on a symptom or cause: "found", "ruled out" or, where the test lacks something, "not testable"; with
+    its `evidence`, and the `fix` and `flags` (settings) that mend it."""
     try:
         level, evidence, *flags = test(run)
         verdict = "found" if level >= 1 else "ruled out"
@@ -98,14 +98,15 @@ def mismatch(run: Run) -> Seen:
 
 def easy(run: Run) -> Seen:
     a, b = (mean(row.meta.difficulty == "easy" for row in rows) for rows in (run.train, [row for row, _ in run.pairs]))
-    wrong = [[not s.exact for row, s in run.pairs if (row.meta.difficulty == "easy") is e] or [0] for e in (True, False)]
-    seen = f"easy: {a:.0%} of training, {b:.0%} of dev, where {mean(wrong[0]):.0%} of them and {mean(wrong[1]):.0%} of others fail"
-    return (a - b) / 0.3 * (mean(wrong[1]) >= mean(wrong[0])), seen
+    wrong = ([not s.exact for r, s in run.pairs if (r.meta.difficulty == "easy") is e] or [0] for e in (True, False))
+    fail, others = map(mean, wrong)
+    seen = f"easy: {a:.0%} of training, {b:.0%} of dev, where {fail:.0%} of them and {others:.0%} of others fail"
+    return (a - b) / 0.3 * (others >= fail), seen
 
 
 def noisy(run: Run) -> Seen:
-    """Alike rows answered differently; else a naive Bayes model that finds the label of unseen training rows (five folds)
-    much less often than dev's: both ask the same, so the labels of training are worse."""
+    """Alike rows answered differently; else a naive Bayes model that finds the label of unseen training rows (five
+    folds) much less often than dev's: both ask the same, so the labels of training are worse."""
     from sklearn.model_selection import cross_val_score
     from sklearn.naive_bayes import ComplementNB
 
@@ -124,7 +125,7 @@ def ambiguous(run: Run) -> Seen:
     if pairs := run.conflicts([*sets["dev"], *sets["golden"], *sets["adversarial"], *seed_rows(run.settings)]):
         return some("alike evaluation or seed rows, answered differently", pairs)
     mixed = Counter(s.labels for s in run.failures if s.labels and s.labels[0] != s.labels[1])
-    both, (a, b) = max(((min(n, mixed[b, a]), (a, b)) for (a, b), n in mixed.items()), default=(0, ("any", "any other")))
+    both, (a, b) = max(((min(n, mixed[b, a]), (a, b)) for (a, b), n in mixed.items()), default=(0, ("any", "another")))
     level = both / len(run.failures) / 0.2 * (both > 2)
     return level, f"labels {a} and {b} are taken for each other, at least {both} times each way"
 
@@ -138,7 +139,7 @@ def strict(run: Run) -> Seen:
 
 
 def filled(run: Run) -> Seen:
-    return run.filled / 0.2, f"{run.filled:.0%} of the training messages share half of their word triples with others"
+    return run.filled / 0.2, f"{run.filled:.0%} of the training messages share half their word triples with others"
 
 
 def epochs(run: Run) -> Seen:
@@ -154,15 +155,16 @@ def epochs(run: Run) -> Seen:
 def short(run: Run) -> Seen:
     (losses, dev), now, fifth = run.losses, run.record["recipe"]["epochs"], max(1, len(run.losses[0]) // 5)
     tail, earlier = mean(losses[-fifth:]), mean(losses[-2 * fifth : -fifth] or losses[:1])
-    seen = f"training loss {earlier:.3f} to {tail:.3f} in the last fifth, dev loss best at step {min(dev)[1]} of {dev[-1][1]}"
+    seen = f"training loss {earlier:.3f} to {tail:.3f} in the last fifth, dev best at step {min(dev)[1]}"
     longer = {"train.epochs": min(3, 1.5 * now)} if now < 3 else {}
-    return min(dev) == dev[-1] and tail < FALLING * earlier, seen, longer | ({} if forgets(run)[0] >= 1 else scaled(run, 2))
+    larger = {} if forgets(run)[0] >= 1 else scaled(run, 2)
+    return min(dev) == dev[-1] and tail < FALLING * earlier, seen, longer | larger
 
 
 def lengthy(run: Run) -> Seen:
     sizes = {s.row_id: s.prompt_tokens + s.completion_tokens for _, s in run.pairs}
     limit = min(run.record["metrics"].get("longest_row", 1e9), LONG * median(sizes.values()))
-    far, near = ([s.value for _, s in run.pairs if (sizes[s.row_id] > limit) is side] or [1.0] for side in (True, False))
+    far, near = ([s.value for _, s in run.pairs if (sizes[s.row_id] > limit) is far] or [1.0] for far in (True, False))
     length = max(run.record["recipe"]["max_seq_length"], -(-max(sizes.values()) // 256) * 256)
     flags = {"train.max_seq_length": length, "evaluate.context": max(run.settings.evaluate.context, length)}
     seen = f"rows of more than {limit:.0f} tokens score {mean(far):.3f} (n={len(far)}), the others {mean(near):.3f}"
@@ -187,10 +189,15 @@ def broken(run: Run) -> list[str]:
     return [f"{row.id} ({error})" for row in run.train if (error := run.contract.parse(row.answer).error)]
 
 
+def prose(run: Run) -> Seen:
+    return some("training answers that break the contract", broken(run))
+
+
 def complex_schema(run: Run) -> Seen:
     names = max((run.contract.flatten(s.expected) for _, s in run.pairs), key=len)
-    bad, deep, held = Counter(s.stage for s in run.failures), 1 + max(n.count(".") for n in names), run.results.get(CONSTRAINED)
-    seen = f"{len(names)} fields, {deep} deep; {bad['schema']} answers are JSON that breaks the schema, {bad['json']} no JSON"
+    deep, held = 1 + max(name.count(".") for name in names), run.results.get(CONSTRAINED)
+    bad = Counter(s.stage for s in run.failures)
+    seen = f"{len(names)} fields, {deep} deep; {bad['schema']} answers break the schema, {bad['json']} are no JSON"
     seen += f"; held to the schema {held.metrics['schema_validity'].value:.1%} are valid" if held else ""
     return max(len(names) / 15, deep / 4) * (bad["schema"] > bad["json"]), seen
 
@@ -213,7 +220,8 @@ def exported(run: Run) -> Seen:
     found, said = validity(run), run.served["chat template"]
     lost = {name: found[NAME] - value for name, value in found.items() if name != NAME}
     worst = max(lost, key=lost.get, default="")
-    return some(f"{worst or 'no file'} has {lost.get(worst, 0):.1%} fewer valid answers than the adapter; its template", said)
+    fewer = f"{worst or 'no file'} has {lost.get(worst, 0):.1%} fewer valid answers than the adapter"
+    return some(f"{fewer}; its chat template", said)
 
 
 def faults(run: Run, *names: str) -> list[str]:
@@ -230,13 +238,13 @@ def cut(run: Run) -> Seen:
 
 def worse(run: Run) -> Seen:
     (name, pair), d = run.against, run.against[1].difference
-    seen = f"{run.contract.primary_metric} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}] on dev against {tables.title(name)}"
-    return d.value < 0, f"{seen}, n={d.n}: {pair.outcome}"
+    seen = f"{run.contract.primary_metric} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}] on dev, n={d.n}"
+    return d.value < 0, f"{seen}, against {tables.title(name)}: {pair.outcome}"
 
 
 def bad_data(run: Run) -> Seen:
     seen = [*broken(run), *run.conflicts(run.train)]
-    return some("training rows that break the contract or contradict each other", seen, PROOF if len(seen) > 1 else 0.5)
+    return some("training rows that break the contract or one another", seen, PROOF if len(seen) > 1 else 0.5)
 
 
 def rate(run: Run, share: float = 1 / 3, limits: bool = False) -> Seen:
@@ -244,8 +252,9 @@ def rate(run: Run, share: float = 1 / 3, limits: bool = False) -> Seen:
     now, most = recipe["learning_rate"], 1e-4 if recipe["method"] == "full" else 1e-3
     rise = max(loss - min(losses[: n + 1]) for n, loss in enumerate(losses))
     level = max(rise / losses[0] / 0.25, 2.0 * (dev[-1][0] > dev[0][0]), now / most * limits)
-    seen = f"learning rate {now:g}{f', {most:g} is much' * limits}; the training loss begins at {losses[0]:.3f} and rises by {rise:.3f}"
-    return level, seen + " over its lowest", {"train.learning_rate": now * share}
+    seen = f"learning rate {now:g}{f', {most:g} is much' * limits}; "
+    seen += f"the training loss begins at {losses[0]:.3f} and rises by {rise:.3f} over its lowest"
+    return level, seen, {"train.learning_rate": now * share}
 
 
 def template(run: Run) -> Seen:
@@ -253,8 +262,8 @@ def template(run: Run) -> Seen:
 
     tokenizer, own = load_tokenizer(run.settings), AutoTokenizer.from_pretrained(adapter_folder(run.settings))
     was, end = run.record["parents"]["chat_template"], own.eos_token_id not in stop_ids(run.settings, tokenizer)
-    both = {"base": tokenizer, "adapter": own}.items()
-    seen = [f"the {name} has another chat template than was trained with" for name, t in both if digest(t.chat_template) != was]
+    other = [name for name, t in (("base", tokenizer), ("adapter", own)) if digest(t.chat_template) != was]
+    seen = [f"the {name} has another chat template than was trained with" for name in other]
     seen += [f"the adapter ends answers with {own.eos_token}, no end of the base"] * end
     return some("differences", seen + faults(run, "template"))
 
@@ -262,11 +271,13 @@ def template(run: Run) -> Seen:
 def modules(run: Run) -> Seen:
     from safetensors import safe_open
 
-    def read(folder: Path) -> dict:
-        return {name: part for part in (safe_open(f, "pt") for f in folder.glob("*.safetensors")) for name in part.keys()}
+    def read(folder: Path) -> list[tuple]:
+        parts = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]
+        return [(name, part) for part in parts for name in part.keys()]
 
-    moved = {n.split(".")[-3] for n, part in read(adapter_folder(run.settings)).items() if "lora_B" in n and part.get_tensor(n).any()}
-    layers = {n.split(".")[-2] for n in read(base_folder(run.settings)) if ".layers." in n and n.endswith(".weight") and "norm" not in n}
+    adapter, base = read(adapter_folder(run.settings)), read(base_folder(run.settings))
+    moved = {name.split(".")[-3] for name, part in adapter if "lora_B" in name and part.get_tensor(name).any()}
+    layers = {name.split(".")[-2] for name, _ in base if re.search(r"\.layers\.(?!.*norm).*\.weight$", name)}
     bare = sorted(layers - moved) if run.record["recipe"]["method"] != "full" else []
     return some("linear layers on which nothing was trained", bare, len(bare) / 3)
 
@@ -276,7 +287,8 @@ def leakage(run: Run) -> Seen:
     answers = {row.id: row.answer for rows in sets.values() for row in rows}
     hits = zip(run.train, leaks(run.train, sets, own.leakage, own.semantic_duplicate), strict=True)
     found = [(row, hit.evidence["set"], hit.evidence["twin"]) for row, hit in hits if hit]
-    said = [f"{row.id} is like {set} {twin}{', answered otherwise' * (answers[twin] != row.answer)}" for row, set, twin in found]
+    said = [f"{row.id} is like {set} {twin}{', answered otherwise' * (answers[twin] != row.answer)}"
+            for row, set, twin in found]  # fmt: skip
     return some("training rows like evaluation rows", said)
 
 
@@ -298,7 +310,8 @@ def forgets(run: Run) -> Seen:
 
 def rank(run: Run) -> Seen:
     full, size = run.record["recipe"]["method"] == "full", run.record["recipe"]["lora_rank"]
-    return (1.0, "a full fine-tune moves every weight") if full else (size / 64, f"lora_rank {size}; 64 is much", scaled(run, 0.5))
+    seen = "a full fine-tune moves every weight" if full else f"lora_rank {size}; 64 is much"
+    return 1.0 if full else size / 64, seen, scaled(run, 0.5)
 
 
 def narrow(run: Run) -> Seen:
@@ -324,16 +337,18 @@ def served(run: Run, *causes: str) -> Seen:
 def quantized(run: Run) -> Seen:
     if not run.export:
         raise SlmError("08_export did not come to its report; run it to the end.")
-    far = [f"{p['file']}: divergence {p['kl']:.2g} nats, at most {p['most']:g}" for p in run.export["logits"] if not p["holds"]]
+    far = [p for p in run.export["logits"] if not p["holds"]]
+    far = [f"{p['file']}: divergence {p['kl']:.2g}, at most {p['most']:g}" for p in far]
     far += [f"{f['file']}: {f['holds']}" for f in run.export["files"] if f["holds"] == "no: rows lost"]
     return some("files that lose what f16 keeps", far if run.export["attribution"] == "equal" else [])
 
 
 TESTS = (
     (stalls, mismatch, easy, noisy, ambiguous, strict, filled, epochs, short, lengthy),
-    (invalid, lambda run: some("training answers that break the contract", broken(run)), complex_schema, formats, hot, exported, cut),
+    (invalid, prose, complex_schema, formats, hot, exported, cut),
     (worse, bad_data, rate, epochs, template, modules, leakage, unsuitable),
     (forgets, rank, narrow, long, lambda run: rate(run, 0.5, limits=True)),
-    (served, *(lambda run, cause=cause: served(run, cause) for cause in ("chat template", "conversion", "end token", "stop tokens")),
-     quantized, lambda run: served(run, "sampling")),
+    (served, lambda run: served(run, "chat template"), lambda run: served(run, "conversion"),
+     lambda run: served(run, "end token"), lambda run: served(run, "stop tokens"), quantized,
+     lambda run: served(run, "sampling")),
 )  # fmt: skip

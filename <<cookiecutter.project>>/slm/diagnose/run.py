@@ -24,7 +24,7 @@ from slm.export.modelfile import check_modelfile
 from slm.export.tokens import conversations, prove_tokens
 from slm.models import base_folder
 from slm.repair.load import with_rows
-from slm.rows import Row, read_rows
+from slm.rows import Row, iter_lines, read_rows
 
 MOST = 5000  # training rows that are looked at
 SIGNS = {  # what 08 or its proofs say -> the cause that it shows, the first that matches
@@ -39,7 +39,8 @@ class Run:
 
     def __init__(self, settings, contract: Contract, run_id: str):
         self.settings, self.contract, self.id = settings.model_copy(update={"run_id": run_id}), contract, run_id
-        last = {r["stage"]: r for r in registry.read(settings, "runs") if r.get("run_id") in (run_id, f"{run_id}-sanity")}
+        own = (run_id, f"{run_id}-sanity")
+        last = {r["stage"]: r for r in registry.read(settings, "runs") if r.get("run_id") in own}
         if not last:
             raise SlmError(f"registry/runs.jsonl: no run {run_id}; there is nothing to diagnose.")
         self.failed = {stage: r.get("error", "") for stage, r in last.items() if r.get("status") == "failed"}
@@ -54,19 +55,17 @@ class Run:
     @cached_property
     def losses(self) -> tuple[list[float], list[tuple[float, int]]]:
         """By training_log.csv: the loss of training batches, and (loss, step) on dev_internal."""
-        file = self.settings.path(f"outputs/adapters/{self.id}/training_log.csv")
-        if not file.is_file():
-            raise SlmError("its training_log.csv is not there; run 05_train.")
-        log = list(csv.DictReader(file.open(encoding="utf-8")))
+        lines = iter_lines(self.settings.path(f"outputs/adapters/{self.id}/training_log.csv"))
+        log = list(csv.DictReader(line for _, line in lines))
         dev = [(float(line["eval_loss"]), int(line["step"])) for line in log if line["eval_loss"]]
         return [float(line["loss"]) for line in log if line["loss"]], dev
 
     @cached_property
     def results(self) -> dict[str, Result]:
         """What ran on dev: the baselines, the fine-tuned model and its files."""
-        own, file = load_candidate(self.settings, self.id), scores_file(self.settings, self.id).with_name("baselines.json")
-        own = [*(read_results(file, "02_baseline") if file.is_file() else ()), *own]
-        return {r.name: r for r in own if r.ran and r.set == "dev"}
+        file = scores_file(self.settings, self.id).with_name("baselines.json")
+        before = read_results(file, "02_baseline") if file.is_file() else []
+        return {r.name: r for r in [*before, *load_candidate(self.settings, self.id)] if r.ran and r.set == "dev"}
 
     def score(self, name: str = NAME) -> float:
         """The primary metric on dev."""
@@ -122,14 +121,15 @@ class Run:
 
     @cached_property
     def served(self) -> dict[str, list[str]]:
-        """Cause (of SIGNS) -> what is wrong with merged model, files and Modelfile: 08's verdict, and its proofs made again."""
+        """Cause (of SIGNS) -> what is wrong with model, files and Modelfile: 08's verdict, its proofs made again."""
         merged, folder = (self.settings.path(f"outputs/{name}/{self.id}") for name in ("merged", "gguf"))
         files, modelfile = sorted(folder.glob("model-*.gguf")), folder / "Modelfile"
         if not files or not merged.is_dir():
             raise SlmError("no exported file, or no merged model to compare it with; run 08_export.")
         said = [text for text in [self.export.get("attribution", "equal")] if text != "equal"]
         chats = conversations(self.contract, read_rows(self.settings.path("data/eval/golden.jsonl")), least=0)
-        proofs = [(check_ends, base_folder(self.settings), merged), *((prove_tokens, merged, file, chats) for file in files)]
+        proofs = [(check_ends, base_folder(self.settings), merged)]
+        proofs += [(prove_tokens, merged, file, chats) for file in files]
         proofs += [(check_modelfile, self.settings, self.contract, merged, modelfile, chats)] * modelfile.is_file()
         for proof, *given in proofs:
             try:
