@@ -157,7 +157,7 @@ def short(run: Run) -> Seen:
     tail, earlier = mean(losses[-fifth:]), mean(losses[-2 * fifth : -fifth] or losses[:1])
     seen = f"training loss {earlier:.3f} to {tail:.3f} in the last fifth, dev best at step {min(dev)[1]}"
     longer = {"train.epochs": min(3, 1.5 * now)} if now < 3 else {}
-    larger = {} if forgets(run)[0] >= 1 else scaled(run, 2)
+    larger = {} if judge(run, "", "", forgets).verdict == "found" else scaled(run, 2)
     return min(dev) == dev[-1] and tail < FALLING * earlier, seen, longer | larger
 
 
@@ -277,7 +277,8 @@ def modules(run: Run) -> Seen:
 
     adapter, base = read(adapter_folder(run.settings)), read(base_folder(run.settings))
     moved = {name.split(".")[-3] for name, part in adapter if "lora_B" in name and part.get_tensor(name).any()}
-    layers = {name.split(".")[-2] for name, _ in base if re.search(r"\.layers\.(?!.*norm).*\.weight$", name)}
+    own = re.compile(r"(?!.*(norm|vision)).*\.layers\..*\.weight")
+    layers = {name.split(".")[-2] for name, _ in base if own.fullmatch(name)}
     bare = sorted(layers - moved) if run.record["recipe"]["method"] != "full" else []
     return some("linear layers on which nothing was trained", bare, len(bare) / 3)
 
