@@ -290,7 +290,7 @@ def test_an_adapter_of_zeros_is_named(plant, monkeypatch):
     ("what", "cause", "evidence"),
     [
         ({"recipe": {"lora_rank": 128}}, "the adapter's rank is too high", "lora_rank 128"),
-        ({"recipe": {"method": "full"}}, "the adapter's rank is too high", "every weight"),
+        ({"recipe": {"method": "full", "learning_rate": 5e-5}}, "the adapter's rank is too high", "every weight"),
         ({"train": rows(40, "train")}, "the data are too narrow", "40 training rows"),
         ({"numbers": {"epochs": 6.0, "best_step": 40}}, "training took too long", "6 epochs; dev loss best at step 40 of 100"),
         ({"recipe": {"learning_rate": 5e-3}}, "the learning rate is too high", "learning rate 0.005, 0.001 is much"),
