@@ -330,9 +330,9 @@ def long(run: Run) -> Seen:
 
 
 def served(run: Run, *causes: str) -> Seen:
-    lost = [f"{f['file']}: {f['holds']}" for f in run.export.get("files", ()) if f["holds"] == "no: rows lost"]
+    lost = [f"{f['file']} loses rows" for f in run.export.get("files", ()) if f["holds"] == "no: rows lost"]
     said = [text for cause in causes or run.served for text in run.served[cause]]
-    return some("against the trained model", said if causes else said + lost)
+    return some("differences from the trained model", said if causes else said + lost)
 
 
 def quantized(run: Run) -> Seen:
@@ -340,7 +340,7 @@ def quantized(run: Run) -> Seen:
         raise SlmError("08_export did not come to its report; run it to the end.")
     far = [p for p in run.export["logits"] if not p["holds"]]
     far = [f"{p['file']}: divergence {p['kl']:.2g}, at most {p['most']:g}" for p in far]
-    far += [f"{f['file']}: {f['holds']}" for f in run.export["files"] if f["holds"] == "no: rows lost"]
+    far += [f"{f['file']} loses rows" for f in run.export["files"] if f["holds"] == "no: rows lost"]
     return some("files that lose what f16 keeps", far if run.export["attribution"] == "equal" else [])
 
 
