@@ -62,12 +62,16 @@ def sanity(
 
 
 @app.command()
-def advise(run_id: str, config: Config = "project.yaml") -> None:
-    """What to change in the recipe after a run, as settings, with the evidence."""
-    from slm.train.adviser import advise as advice
+def diagnose(run_id: str, config: Config = "project.yaml") -> None:
+    """Why a run disappoints: five symptoms, their likely causes tested on what it left behind, and what mends them."""
+    from slm import registry
+    from slm.diagnose.causes import diagnose as find
 
-    found = advice(load_settings(config, "default", {}, run_id), run_id)
-    print(*(found or [f"run {run_id}: nothing to change in the recipe; 07_repair looks at the rows."]), sep="\n")
+    trained = registry.latest(load_settings(config), "runs", stage="train", run_id=run_id) or {}
+    own = {"model.base": trained["parents"]["base"]} if trained else {}
+    settings = load_settings(config, trained.get("profile", "default"), own, run_id)
+    print(find(settings, project_contract(settings), run_id))
+    print(f"Wrote outputs/eval_reports/{run_id}/diagnosis.md")
 
 
 def project_contract(settings):

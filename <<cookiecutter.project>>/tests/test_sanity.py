@@ -1,4 +1,4 @@
-"""The sanity check, the task metric while training, memory and disk before it, bad input, and the adviser; planted faults."""
+"""The sanity check, the task metric while training, memory and disk before it, bad input; planted faults."""
 
 import csv
 import json
@@ -15,12 +15,9 @@ from typer.testing import CliRunner
 
 from slm import registry
 from slm.errors import SlmError
-from slm.evaluate.metrics import Metric, Result
-from slm.evaluate.scorers import Score
 from slm.models import base_folder
-from slm.rows import make_row, read_rows, write_json, write_rows
+from slm.rows import make_row, read_rows, write_rows
 from slm.train import callbacks, encode, load_tokenizer, recipe, sft_arguments, train
-from slm.train.adviser import advise
 from slm.train.callbacks import SHARE, general_loss, task_metric
 from slm.train.encode import Example, stop_ids
 from slm.train.load import load
@@ -132,7 +129,7 @@ def test_the_commands_print_one_sentence_and_fail(project, monkeypatch):
 
     monkeypatch.chdir(project)
     fill(project, [make_row("hello", "Sure!", category="bug")])
-    for command in (["sanity", "--rows", "4"], ["advise", "nothing"]):
+    for command in (["sanity", "--rows", "4"], ["diagnose", "nothing"]):
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 1 and isinstance(done.exception, SlmError), done.output
 
@@ -428,78 +425,3 @@ def test_memory_that_never_suffices_is_one_sentence(project, monkeypatch):
     with pytest.raises(SlmError, match="out of memory with one row at a time"):
         train(settings_of(project), contract)
     assert runs(project)[-1]["status"] == "failed"
-
-
-# The adviser.
-
-
-def plant_run(project, dev=((0, 3.0), (50, 0.5), (100, 0.4)), loss=(3.0, 1.0, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4), score=0.9, valid=1.0,
-              probe=(2.0, 2.1), long=()):  # fmt: skip
-    """A run with the log, the record and the report that are asked for; `long`: values of rows that are 900 tokens long."""
-    settings = settings_of(project)
-    lines = ["step,loss,eval_loss", *(f"{10 * n + 10},{x}," for n, x in enumerate(loss)), *(f"{s},,{x}" for s, x in dev)]
-    (project / "outputs/adapters/r1").mkdir(parents=True)
-    (project / "outputs/adapters/r1/training_log.csv").write_text("\n".join(lines) + "\n")
-    registry.append(settings, "runs", {
-        "stage": "train", "run_id": "r1", "status": "completed", "recipe": settings.train.model_dump(),
-        "metrics": {"general_loss_first": probe[0], "general_loss_final": probe[1], "longest_row": 300}})  # fmt: skip
-    values = [*[(score, 200)] * 20, *((value, 900) for value in long)]
-    scores = [
-        Score(row_id=f"d{n}", value=value, fields={}, parsed={} if n < valid * len(values) else None, lenient_parsed=None, expected={},
-              stage=None, exact=value == 1, critical_ok=True, prompt_tokens=size - 20, completion_tokens=20)
-        for n, (value, size) in enumerate(values)
-    ]  # fmt: skip
-    metrics = {n: Metric(value=v, low=0, high=1, n=20) for n, v in (("exact_match", score), ("schema_validity", valid))}
-    out = project / "outputs/eval_reports/r1"
-    write_json(out / "scores.json", [Result(name="fine_tuned", set="dev", metrics=metrics, scores=scores).model_dump()])
-    write_json(out / "eval_report.json", {"contract": {"primary_metric": "exact_match", "target": 0.8}})
-    return advise(settings, "r1")
-
-
-def test_a_sound_run_gets_no_advice(project):
-    """Guards against an adviser that always has something to say."""
-    assert plant_run(project) == []
-
-
-def test_an_unstable_format_asks_for_rows_before_any_setting(project):
-    """Guards against turning knobs where schema rows are missing."""
-    [found] = plant_run(project, valid=0.8)
-    assert found.finding == "unstable format" and found.settings == {} and "schema_repair" in found.besides
-    assert "4 of 20 answers on dev break the schema (d16, d17, d18, d19)" in found.evidence
-
-
-@pytest.mark.parametrize("how", [{"dev": ((0, 3.0), (50, 0.3), (100, 0.6))}, {"loss": (3.0, *[0.05] * 9)}])
-def test_overfitting_lowers_epochs_and_rank_and_adds_dropout(project, how):
-    """Guards against training on while dev gets worse, or while only the training rows get better."""
-    [found] = plant_run(project, **how)
-    assert found.finding == "overfit" and "dev loss best" in found.evidence
-    assert found.settings["train.lora_rank"] == 8 and found.settings["train.lora_alpha"] == 16
-    assert found.settings["train.epochs"] < 1 and found.settings["train.lora_dropout"] == 0.05
-
-
-def test_underfitting_raises_epochs_and_rank(project):
-    """Guards against stopping while the loss still falls."""
-    [found] = plant_run(project, score=0.5, loss=(3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4))
-    assert found.finding == "underfit" and "0.500 on dev, target 0.8" in found.evidence
-    assert found.settings == {"train.epochs": 1.5, "train.lora_rank": 32, "train.lora_alpha": 64}
-    assert "-s train.lora_rank=32" in str(found)
-
-
-def test_forgetting_lowers_rank_and_learning_rate(project):
-    """Guards against a model that can do nothing else any more; rank is then not raised for underfitting either."""
-    found = plant_run(project, probe=(2.0, 3.0), score=0.5, loss=(3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4))
-    assert [f.finding for f in found] == ["underfit", "forgetting"] and "train.lora_rank" not in found[0].settings
-    assert found[1].settings["train.learning_rate"] == 2.5e-3 and "2.00 to 3.00" in found[1].evidence
-
-
-def test_long_rows_that_fail_ask_for_their_length(project):
-    """Guards against a model that was never trained at the length it serves."""
-    [found] = plant_run(project, long=(0.0, 0.0, 1.0, 0.0))
-    assert found.finding == "long context" and "(n=4)" in found.evidence
-    assert found.settings == {"train.max_seq_length": 1024, "evaluate.context": 2048}
-
-
-def test_advice_needs_a_run_that_was_trained_and_evaluated(project):
-    """Guards against advice from nothing."""
-    with pytest.raises(SlmError, match="no training_log.csv; run 05_train"):
-        advise(settings_of(project), "r1")
