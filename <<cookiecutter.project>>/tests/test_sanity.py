@@ -269,7 +269,7 @@ def test_the_estimated_activations_are_those_that_torch_keeps(project, changed):
     import torch
 
     settings, kept = settings_of(project, lora_rank=1, **changed), {}
-    model = load_trl(settings).train()
+    model = load(settings).train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor):
