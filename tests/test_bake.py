@@ -436,7 +436,8 @@ def test_every_import_is_a_declared_dependency(baked):
     exact = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in declared if "==" in line}
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in declared}
     names = {"yaml": "pyyaml", "sklearn": "scikit_learn", "llama_cpp": "llama_cpp_python", "IPython": "ipykernel",
-             "PIL": "matplotlib", "markdown_it": "markdown_it_py", "nbformat": "papermill", "traitlets": "jupyter", "safetensors": "transformers", "tokenizers": "transformers"}  # fmt: skip
+             "PIL": "matplotlib", "markdown_it": "markdown_it_py", "nbformat": "papermill", "traitlets": "jupyter", "safetensors": "transformers", "tokenizers": "transformers",
+             "httpx": "huggingface_hub"}  # fmt: skip
     texts = [path.read_text(encoding="utf-8") for path in baked.rglob("*.py")]
     texts += ["\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
               for path in baked.glob("notebooks/*.ipynb")]  # fmt: skip
