@@ -19,6 +19,8 @@ app.add_typer(rows, name="curate")
 RowId = Annotated[str, typer.Argument(metavar="ID", help="The row's id, as data/rejected and data/accepted show it.")]
 Reviewer = Annotated[str, typer.Option(help="Who decides; kept with the decision.")]
 Reason = Annotated[str, typer.Option(help="Why; kept with the decision.")]
+money = typer.Typer(no_args_is_help=True, help="What was spent: registry/costs.jsonl. Most of it fills itself.")
+app.add_typer(money, name="cost")
 dataset = typer.Typer(no_args_is_help=True, help="Dataset versions: which there are, how two differ, one made again.")
 app.add_typer(dataset, name="dataset")
 Profile = Annotated[str, typer.Option(help="A profile of project.yaml: default, smoke, cpu, gpu.")]
@@ -138,6 +140,30 @@ def import_(
 
     path, count = import_rows(load_settings(config), file, columns, source, out, split)
     print(f"{count} rows in {path}; 04_curate judges them.")
+
+
+@money.command("add")
+def add_cost(
+    item: Annotated[str, typer.Argument(help="engineering_time, data_review_cost, deployment_inference_cost, …")],
+    hours: Annotated[float | None, typer.Option(help="At the hourly rate of the section `cost` in project.yaml.")] = None,
+    amount: Annotated[float | None, typer.Option("--money", help="In cost.currency; negative: takes a wrong entry back.")] = None,
+    note: Annotated[str, typer.Option(help="What for; kept with the entry.")] = "",
+    run_id: RunId = "dev", config: Config = "project.yaml",
+) -> None:  # fmt: skip
+    """Enter what no stage can know: your hours, a bill."""
+    from slm import cost
+
+    line = cost.by_hand(load_settings(config, "default", {}, run_id), item, hours, amount, note)
+    free = f"; cost.{cost.RATES[item]} is 0 in project.yaml, so these hours count no money" if hours and not line["money"] else ""
+    print(f"{item}: {line['money']:.2f} {line['currency']} for run {run_id}{free}.")
+
+
+@money.command("show")
+def show_costs(run_id: RunId = "dev", config: Config = "project.yaml") -> None:
+    """What the run and the whole project have cost so far, item by item."""
+    from slm.report import economy, tables
+
+    print(tables.markdown(economy.spending(load_settings(config, "default", {}, run_id))))
 
 
 @rows.command()
