@@ -145,25 +145,19 @@ def import_(
 @money.command("add")
 def add_cost(
     item: Annotated[str, typer.Argument(help="engineering_time, data_review_cost, deployment_inference_cost, …")],
-    hours: Annotated[float | None, typer.Option(help="At the hourly rate of the section `cost` in project.yaml.")] = None,
-    amount: Annotated[float | None, typer.Option("--money", help="In cost.currency; negative: takes a wrong entry back.")] = None,
+    hours: Annotated[float | None, typer.Option(help="At the hourly rate in the section `cost` of project.yaml.")] = None,
+    amount: Annotated[float | None, typer.Option("--money", help="Negative: takes a wrong entry back.")] = None,
     note: Annotated[str, typer.Option(help="What for; kept with the entry.")] = "",
     run_id: RunId = "dev", config: Config = "project.yaml",
 ) -> None:  # fmt: skip
-    """Enter what no stage can know: your hours, a bill."""
+    """Enter what no stage can know, your hours or a bill; prints the ledger."""
     from slm import cost
+    from slm.report.tables import markdown
 
-    line = cost.by_hand(load_settings(config, "default", {}, run_id), item, hours, amount, note)
-    free = f"; cost.{cost.RATES[item]} is 0 in project.yaml, so these hours count no money" if hours and not line["money"] else ""
-    print(f"{item}: {line['money']:.2f} {line['currency']} for run {run_id}{free}.")
-
-
-@money.command("show")
-def show_costs(run_id: RunId = "dev", config: Config = "project.yaml") -> None:
-    """What the run and the whole project have cost so far, item by item."""
-    from slm.report import economy, tables
-
-    print(tables.markdown(economy.spending(load_settings(config, "default", {}, run_id))))
+    settings = load_settings(config, "default", {}, run_id)
+    if not cost.by_hand(settings, item, hours, amount, note)["money"]:
+        print(f"cost.{cost.RATES[item]} is 0 in project.yaml: these hours count no money.")
+    print(markdown(cost.ledger(settings)))
 
 
 @rows.command()

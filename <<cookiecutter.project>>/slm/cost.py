@@ -47,15 +47,12 @@ def answered(settings, model, answers, seconds: float) -> None:
 def by_hand(settings, item: str, hours: float | None, money: float | None, note: str) -> dict:
     """A person's entry: hours at the settings' rate, or money; a negative one takes a wrong entry back. Raises SlmError
     for neither or both, nothing, and hours of what is paid by the token."""
-    given = [amount for amount in (hours, money) if amount is not None]
-    if len(given) != 1 or not math.isfinite(given[0]) or not given[0]:
+    amount = money if hours is None else hours
+    if (hours is None) == (money is None) or not math.isfinite(amount) or not amount:
         raise SlmError("cost add: give --hours or --money, one of them, and a number other than 0.")
-    facts = {"note": note} if note else {}
-    if money is not None or item not in ITEMS:
-        return add(settings, item, money or 0.0, **facts)
-    if item not in RATES:
+    if hours is not None and item == "teacher_generation_cost":
         raise SlmError(f"cost add: {item} is paid by the token; give --money.")
-    return add_hours(settings, item, hours, **facts)
+    return (add_hours if hours is not None and item in RATES else add)(settings, item, amount, note=note)
 
 
 def entries(settings, item: str | None = None) -> list[dict]:
@@ -69,18 +66,16 @@ def spent(settings, item: str | None = None) -> float:
 
 
 def ledger(settings) -> list[dict]:
-    """A line per item: hours, tokens, and money of this run and of the project; hours booked at no rate are named."""
-    lines = []
-    for item in ITEMS:
-        found = [line for line in entries(settings, item) if line["currency"] == settings.cost.currency]
-        free = sum(line["hours"] for line in found if line.get("hours") and not line["money"])
-        lines.append({
-            "item": item, "hours": sum(line.get("hours", 0) for line in found), "hours without a rate": free,
-            "tokens": sum(line.get("tokens_in", 0) + line.get("tokens_out", 0) for line in found),
-            "this run": sum(line["money"] for line in found if line["run_id"] == settings.run_id),
-            "project": sum(line["money"] for line in found),
-        })  # fmt: skip
-    return lines
+    """A line per item in `cost.currency`, and their sum: hours, tokens, money of this run and of the project."""
+    known = [line for line in entries(settings) if line["currency"] == settings.cost.currency]
+
+    def line(item: str, found: list[dict]) -> dict:
+        tokens = sum(e.get("tokens_in", 0) + e.get("tokens_out", 0) for e in found)
+        hours, own = sum(e.get("hours", 0) for e in found), [e["money"] for e in found if e["run_id"] == settings.run_id]
+        money = [round(float(sum(part)), 4) for part in (own, [e["money"] for e in found])]
+        return {"item": item, "hours": round(float(hours), 4), "tokens": tokens, "this run": money[0], "project": money[1]}
+
+    return [*(line(item, [e for e in known if e["item"] == item]) for item in ITEMS), line("all", known)]
 
 
 def experiment(settings) -> float:

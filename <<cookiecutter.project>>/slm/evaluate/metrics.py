@@ -282,6 +282,6 @@ def cost_per_1k(settings, result: Result, endpoint=None) -> float | None:
         money = 1000 * (result.prompt_tokens * price_in + result.completion_tokens * price_out) / 1e6
         return money if price_in or price_out else None
     hosting, rate = rates.hosting_per_month / max(1, settings.task.requests_per_month), rates.serving_hourly_rate
-    if rate is None and not (rates.gpu_hourly_rate or hosting):
+    if result.latency_p50_s is None or rate is None and not (rates.gpu_hourly_rate or hosting):
         return None
     return 1000 * (result.latency_p50_s / 3600 * (rates.gpu_hourly_rate if rate is None else rate) + hosting)

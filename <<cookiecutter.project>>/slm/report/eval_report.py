@@ -208,7 +208,7 @@ def write(settings, contract: Contract, report: dict, candidate: Sequence[Result
         "all models": plots.models_bar(shown, name, out / "models.png", contract.target),
         "by slice": plots.slices(mine, name, out / "slices.png"),
     }
-    if report["cost"]["sensitivity"]:
+    if report["cost"]["own"]["per request"] is not None and report["cost"]["other"]["tokens per request"]:
         pictures["does it pay"] = plots.break_even(report["cost"], out / "break_even.png")
     if mine.confusion:
         pictures["confusion matrix"] = plots.confusion(mine, out / "confusion.png")

@@ -28,7 +28,7 @@ def fill(template: str, **values) -> str:
     made = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     made.filters |= {
         "block": block, "comparisons": tables.comparisons, "metric": tables.metric, "side_by_side": tables.side_by_side,
-        "economy": economy.lines, "shorten": tables.shorten,
+        "months": economy.months, "shorten": tables.shorten,
         "counted": lambda counts: ", ".join(f"{name} {n}" for name, n in counts.items()),
         "table": lambda records: tables.markdown(records).rstrip("\n"), "title": tables.title,
     }  # fmt: skip
