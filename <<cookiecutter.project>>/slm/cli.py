@@ -99,6 +99,7 @@ def release(run_id: str, profile: Profile = "default", config: Config = "project
     gates = releases.check(settings, run_id)
     for gate in gates:
         print(f"{gate.status:<8} {gate.name}: {gate.detail}")
+    print(releases.load_report(settings, run_id).get("cost", {}).get("verdict", ""))
     record = releases.release(settings, run_id, gates)
     print(f"run {run_id} is released: record {record['hash']} in registry/runs.jsonl.")
 

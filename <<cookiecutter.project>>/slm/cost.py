@@ -71,9 +71,9 @@ def ledger(settings) -> list[dict]:
 
     def line(item: str, found: list[dict]) -> dict:
         tokens = sum(e.get("tokens_in", 0) + e.get("tokens_out", 0) for e in found)
-        hours, own = sum(e.get("hours", 0) for e in found), [e["money"] for e in found if e["run_id"] == settings.run_id]
-        money = [round(float(sum(part)), 4) for part in (own, [e["money"] for e in found])]
-        return {"item": item, "hours": round(float(hours), 4), "tokens": tokens, "this run": money[0], "project": money[1]}
+        hours, money = (round(float(sum(e.get(key, 0) for e in found)), 4) for key in ("hours", "money"))
+        own = round(float(sum(e["money"] for e in found if e["run_id"] == settings.run_id)), 4)
+        return {"item": item, "hours": hours, "tokens": tokens, "this run": own, "project": money}
 
     return [*(line(item, [e for e in known if e["item"] == item]) for item in ITEMS), line("all", known)]
 

@@ -237,5 +237,5 @@ def test_before_training_the_target_stands_for_what_is_not_measured(settings):
     poor = settings.model_copy(update={"cost": Cost(**RATES | {"serving_hourly_rate": 50})})
     found = economy.before_training(poor, CONTRACT)
     assert found["verdict"].startswith("Do not ship") and not registry.read(poor, "costs")
-    assert found["own"]["tokens per request"] == found["other"]["tokens per request"] and 10 < found["own"]["tokens per request"] < 60
+    assert found["own"]["tokens per request"] == found["other"]["tokens per request"] > 10
     assert found["own"]["per month"] == pytest.approx(1e6 * 2.0 / 3600 * 50)

@@ -24,15 +24,17 @@ def economy(settings, shown: Mapping[str, Result], pairs: Mapping | None = None)
         other = side(settings, "larger model", larger, None if settings.model.larger_gguf else settings.model.larger)
     else:
         other = side(settings, "hosted model, better prompt", shown.get("prompted_base"), settings.model.larger)
+    costs = [own["per month"], other["per month"]]
     needed = {
-        "cost.serving_hourly_rate": own["per month"], "cost.maintenance_per_month": rates.maintenance_per_month,
-        "the alternative's price (model.larger, or cost.larger_price_per_1m_tokens)": other["per month"],
+        "cost.serving_hourly_rate": costs[0], "cost.maintenance_per_month": rates.maintenance_per_month,
+        "the alternative's price (model.larger, or cost.larger_price_per_1m_tokens)": costs[1],
     }  # fmt: skip
     found = {
         "currency": rates.currency, "requests": settings.task.requests_per_month, "own": own, "other": other,
         "spent": ledger[-1]["project"], "experiment": cost.experiment(settings), "ledger": ledger,
-        "savings": None if None in (own["per month"], other["per month"]) else round(other["per month"] - own["per month"], 2),
-        "maintenance": rates.maintenance_per_month, "hosting": rates.hosting_per_month, "unlocks": rates.unlocks.strip(),
+        "savings": None if None in costs else round(costs[1] - costs[0], 2),
+        "maintenance": rates.maintenance_per_month, "hosting": rates.hosting_per_month,
+        "unlocks": rates.unlocks.strip(),
         "missing": [name for name, value in needed.items() if value is None],
         "uncounted": sum(line["currency"] != rates.currency for line in cost.entries(settings)),
     }  # fmt: skip
@@ -46,7 +48,8 @@ def side(settings, name: str, result: Result | None, endpoint=None) -> dict:
     price = result and cost_per_1k(settings, result, endpoint)
     each = None if price is None else max(0.0, price / 1000 - hosting / requests)  # its share of hosting is in there
     month = None if price is None else round(cost.monthly_cost(requests, tokens, each / tokens, hosting), 2)
-    return {"model": name, "tokens per request": round(tokens), "per request": each and round(each, 9), "per month": month}
+    each = each and round(each, 9)
+    return {"model": name, "tokens per request": round(tokens), "per request": each, "per month": month}
 
 
 def verdict(found: dict, pairs: Mapping) -> str:
