@@ -19,6 +19,8 @@ app.add_typer(rows, name="curate")
 RowId = Annotated[str, typer.Argument(metavar="ID", help="The row's id, as data/rejected and data/accepted show it.")]
 Reviewer = Annotated[str, typer.Option(help="Who decides; kept with the decision.")]
 Reason = Annotated[str, typer.Option(help="Why; kept with the decision.")]
+money = typer.Typer(no_args_is_help=True, help="What was spent: registry/costs.jsonl. Most of it fills itself.")
+app.add_typer(money, name="cost")
 dataset = typer.Typer(no_args_is_help=True, help="Dataset versions: which there are, how two differ, one made again.")
 app.add_typer(dataset, name="dataset")
 Profile = Annotated[str, typer.Option(help="A profile of project.yaml: default, smoke, cpu, gpu.")]
@@ -116,6 +118,7 @@ def release(run_id: str, profile: Profile = "default", config: Config = "project
     gates = releases.check(settings, run_id)
     for gate in gates:
         print(f"{gate.status:<8} {gate.name}: {gate.detail}")
+    print(releases.load_report(settings, run_id).get("cost", {}).get("verdict", ""))
     record = releases.release(settings, run_id, gates)
     print(f"run {run_id} is released: record {record['hash']} in registry/runs.jsonl.")
 
@@ -200,6 +203,24 @@ def import_(
 
     path, count = import_rows(load_settings(config), file, columns, source, out, split)
     print(f"{count} rows in {path}; 04_curate judges them.")
+
+
+@money.command("add")
+def add_cost(
+    item: Annotated[str, typer.Argument(help="engineering_time, data_review_cost, deployment_inference_cost, …")],
+    hours: Annotated[float | None, typer.Option(help="At the hourly rate in the section `cost` of project.yaml.")] = None,
+    amount: Annotated[float | None, typer.Option("--money", help="Negative: takes a wrong entry back.")] = None,
+    note: Annotated[str, typer.Option(help="What for; kept with the entry.")] = "",
+    run_id: RunId = "dev", config: Config = "project.yaml",
+) -> None:  # fmt: skip
+    """Enter what no stage can know, your hours or a bill; prints the ledger."""
+    from slm import cost
+    from slm.report.tables import markdown
+
+    settings = load_settings(config, "default", {}, run_id)
+    if not cost.by_hand(settings, item, hours, amount, note)["money"]:
+        print(f"cost.{cost.RATES[item]} is 0 in project.yaml: these hours count no money.")
+    print(markdown(cost.ledger(settings)))
 
 
 @rows.command()

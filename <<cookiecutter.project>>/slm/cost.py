@@ -1,5 +1,7 @@
 """What was spent (registry/costs.jsonl, one line per item) and the formulas that say whether a fine-tune pays."""
 
+import math
+
 from slm import registry
 from slm.errors import SlmError
 
@@ -7,6 +9,11 @@ ITEMS = (
     "teacher_generation_cost", "data_review_cost", "gpu_training_cost", "eval_inference_cost",
     "deployment_inference_cost", "engineering_time",
 )  # fmt: skip
+RATES = {  # what an hour costs, by item; a teacher is paid by the token
+    "data_review_cost": "review_hourly_rate", "gpu_training_cost": "gpu_hourly_rate",
+    "eval_inference_cost": "gpu_hourly_rate", "deployment_inference_cost": "serving_hourly_rate",
+    "engineering_time": "engineering_hourly_rate",
+}  # fmt: skip
 
 
 def add(settings, item: str, money: float, **facts) -> dict:
@@ -15,6 +22,37 @@ def add(settings, item: str, money: float, **facts) -> dict:
         raise SlmError(f"cost item {item!r}: it must be one of {', '.join(ITEMS)}.")
     line = {"item": item, "money": round(float(money), 8), "currency": settings.cost.currency, "run_id": settings.run_id}
     return registry.append(settings, "costs", line | facts)
+
+
+def add_hours(settings, item: str, hours: float, **facts) -> dict:
+    """Append hours of a machine or a person at the settings' hourly rate; returns the line."""
+    rate = getattr(settings.cost, RATES[item]) or 0.0
+    return add(settings, item, hours * rate, hours=round(hours, 5), hourly_rate=rate, **facts)
+
+
+def answered(settings, model, answers, seconds: float) -> None:
+    """Append what answers in an evaluation cost: tokens at the endpoint's prices, else hours of this machine. Programs,
+    and a teacher whose purse has paid already, are left out."""
+    used = sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)
+    if not used[1] or getattr(model, "purse", None):
+        return
+    facts = {"model": model.name, "requests": len(answers), "tokens_in": used[0], "tokens_out": used[1]}
+    if (end := getattr(model, "endpoint", None)) is None:
+        add_hours(settings, "eval_inference_cost", seconds / 3600, **facts)
+    else:
+        flat = settings.cost.larger_price_per_1m_tokens if end == settings.model.larger else 0.0
+        add(settings, "eval_inference_cost", token_money(end, *used, flat), **facts)
+
+
+def by_hand(settings, item: str, hours: float | None, money: float | None, note: str) -> dict:
+    """A person's entry: hours at the settings' rate, or money; a negative one takes a wrong entry back. Raises SlmError
+    for neither or both, nothing, and hours of what is paid by the token."""
+    amount = money if hours is None else hours
+    if (hours is None) == (money is None) or not math.isfinite(amount) or not amount:
+        raise SlmError("cost add: give --hours or --money, one of them, and a number other than 0.")
+    if hours is not None and item == "teacher_generation_cost":
+        raise SlmError(f"cost add: {item} is paid by the token; give --money.")
+    return (add_hours if hours is not None and item in RATES else add)(settings, item, amount, note=note)
 
 
 def entries(settings, item: str | None = None) -> list[dict]:
@@ -27,9 +65,32 @@ def spent(settings, item: str | None = None) -> float:
     return sum(line["money"] for line in entries(settings, item))
 
 
-def token_money(end, tokens_in: int, tokens_out: int) -> float:
-    """Money for one call at an endpoint's prices per million tokens."""
-    return (tokens_in * end.usd_per_1m_input + tokens_out * end.usd_per_1m_output) / 1e6
+def ledger(settings) -> list[dict]:
+    """A line per item in `cost.currency`, and their sum: hours, tokens, money of this run and of the project."""
+    known = [line for line in entries(settings) if line["currency"] == settings.cost.currency]
+
+    def line(item: str, found: list[dict]) -> dict:
+        tokens = sum(e.get("tokens_in", 0) + e.get("tokens_out", 0) for e in found)
+        hours, money = (round(float(sum(e.get(key, 0) for e in found)), 4) for key in ("hours", "money"))
+        own = round(float(sum(e["money"] for e in found if e["run_id"] == settings.run_id)), 4)
+        return {"item": item, "hours": hours, "tokens": tokens, "this run": own, "project": money}
+
+    return [*(line(item, [e for e in known if e["item"] == item]) for item in ITEMS), line("all", known)]
+
+
+def experiment(settings) -> float:
+    """`total_experiment_cost` from the ledger, people's time not counted: validation inference is the judge's of 04."""
+    lines = {line["item"]: line for line in ledger(settings)}
+    gpu, judged = lines["gpu_training_cost"], [e for e in entries(settings, "data_review_cost") if "judge" in e]
+    return total_experiment_cost(
+        lines["teacher_generation_cost"]["project"], sum(e["money"] for e in judged), gpu["hours"],
+        gpu["project"] / gpu["hours"] if gpu["hours"] else 0.0, lines["eval_inference_cost"]["project"],
+    )  # fmt: skip
+
+
+def token_money(end, tokens_in: int, tokens_out: int, flat: float = 0.0) -> float:
+    """Money for one call at an endpoint's prices per million tokens; `flat` where it names none."""
+    return (tokens_in * (end.usd_per_1m_input or flat) + tokens_out * (end.usd_per_1m_output or flat)) / 1e6
 
 
 def total_experiment_cost(
@@ -50,3 +111,10 @@ def monthly_cost(
 def pays_off(savings_per_month: float, maintenance_cost_per_month: float) -> bool:
     """Whether a fine-tune earns its keep: it saves more per month than it costs to maintain."""
     return savings_per_month > maintenance_cost_per_month
+
+
+def break_even_month(spent: float, savings_per_month: float, maintenance_cost_per_month: float) -> int | None:
+    """The month after whose end everything spent has come back, 0 where nothing was; None when it never does."""
+    if not pays_off(savings_per_month, maintenance_cost_per_month):
+        return None
+    return max(0, math.ceil(spent / (savings_per_month - maintenance_cost_per_month) - 1e-9))

@@ -254,9 +254,11 @@ class Cost(Section):
     """Rates for the ledger and the cost model; money in `currency`."""
 
     currency: str = "USD"
-    gpu_hourly_rate: float = 0.0
+    gpu_hourly_rate: float = Field(0.0, ge=0)  # of one card, or of the machine that trains and evaluates
     serving_hourly_rate: float | None = Field(None, ge=0)  # of the machine that answers; 0: nothing more; None: not said
-    hosting_per_month: float = 0.0
-    maintenance_per_month: float = 0.0
-    larger_price_per_1m_tokens: float = 0.0
-    engineering_hourly_rate: float = 0.0
+    hosting_per_month: float = Field(0.0, ge=0)
+    maintenance_per_month: float | None = Field(None, ge=0)  # data, retraining, on-call; 0: nothing; None: not said
+    larger_price_per_1m_tokens: float = Field(0.0, ge=0)  # of the hosted model that the fine-tune would replace
+    engineering_hourly_rate: float = Field(0.0, ge=0)
+    review_hourly_rate: float = Field(0.0, ge=0)  # of the people who decide rows in 04
+    unlocks: str = ""  # behaviour that prompting cannot give: the recorded reason to ship what saves no money

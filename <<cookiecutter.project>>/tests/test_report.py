@@ -310,7 +310,7 @@ def test_the_card_fills_every_section_and_says_what_was_not_run(settings):
     for section in SECTIONS:
         body = text.split(f"\n## {section}\n")[1].split("\n## ")[0].strip()
         assert len(body) > 20, section
-    assert not any(mark in text for mark in ("TODO", "TBD", "{", "None", "nan"))
+    assert not any(mark in text for mark in ("TODO", "TBD", "{", "None", " nan"))
     waits = "p50 600.0 ms, p95 1.10 s in the runtime"
     for words in ("LoRA with trl, rank 16", "abc123", "teacher 75%", waits, "290 MB"):
         assert words in text

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from slm import registry
+from slm import cost, registry
 from slm.curate import privacy
 from slm.curate.decisions import Decision, decide, read_decisions
 from slm.curate.judge import Judge, find_rows
@@ -22,6 +23,7 @@ from slm.rows import Row, digest
 PROVEN = ("json_validity", "schema_validity", "contract_validity", "length", "personal_data", "evaluation_leakage", "removed",
           "restricted_source")  # fmt: skip
 WHY = ("sign-off", "judge refuses", "contradiction", "borderline", "high risk", "random sample")  # most pressing first
+PAUSE_S = 300.0  # a longer wait between two clicks is no work at this row
 BORDER = 0.05  # a similarity this close above its threshold is worth a look
 
 
@@ -145,6 +147,8 @@ class Review:
     at: int = 0
     done: dict[str, str] = field(default_factory=dict)
     error: str = ""
+    clock: float = field(default_factory=time.monotonic)  # when the card now shown came up
+    spent: float = 0.0  # seconds of looking that are not in the ledger yet
 
     def table(self):
         """Why rows wait: found in all, and queued (at most `curate.review_most` for each reason)."""
@@ -167,7 +171,8 @@ class Review:
 
     def act(self, message: dict) -> None:
         """`message` holds do (accept, reject, edit, next, back), the id of the row that was seen, reviewer, reason, answer."""
-        self.error, row = "", self.items[self.at][0]
+        self.error, row, now = "", self.items[self.at][0], time.monotonic()
+        self.spent, self.clock = self.spent + min(now - self.clock, PAUSE_S), now
         if message["do"] in ("next", "back"):
             self.at = max(0, min(len(self.items) - 1, self.at + (1 if message["do"] == "next" else -1)))
         elif message["id"] == row.id:  # a key pressed twice must not decide a row that nobody saw
@@ -187,6 +192,8 @@ class Review:
             answer = self.contract.dump(parsed.value)
         decide(self.settings, Decision(id=row.id, decision=word, reviewer=reviewer, answer=answer, reason=reason))
         self.done[row.id] = word
+        cost.add_hours(self.settings, "data_review_cost", self.spent / 3600, reviewer=reviewer)
+        self.spent = 0.0
         order = [*range(self.at + 1, len(self.items)), *range(self.at)]
         self.at = next((n for n in order if self.items[n][0].id not in self.done), self.at)
 

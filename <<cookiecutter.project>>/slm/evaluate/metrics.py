@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from slm import cost
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate.calibration import ece_statistic, reliability, sureness
@@ -259,6 +260,7 @@ def evaluate(
         picked = rows[::step][: settings.evaluate.latency_requests]
         prompts = [Prompt(prompt_messages(contract, row, shots), most, schema) for row in picked]
         answers = alone(model, prompts, n=len(prompts))
+        cost.answered(settings, model, answers, sum(a.latency_s for a in answers))
         waits, tokens = [a.latency_s for a in answers], sum(a.completion_tokens for a in answers)
         firsts = [a.first_token_s for a in answers if a.first_token_s is not None]
         result.first_token_s = float(np.median(firsts)) if firsts else None
@@ -280,6 +282,6 @@ def cost_per_1k(settings, result: Result, endpoint=None) -> float | None:
         money = 1000 * (result.prompt_tokens * price_in + result.completion_tokens * price_out) / 1e6
         return money if price_in or price_out else None
     hosting, rate = rates.hosting_per_month / max(1, settings.task.requests_per_month), rates.serving_hourly_rate
-    if rate is None and not (rates.gpu_hourly_rate or hosting):
+    if result.latency_p50_s is None or rate is None and not (rates.gpu_hourly_rate or hosting):
         return None
     return 1000 * (result.latency_p50_s / 3600 * (rates.gpu_hourly_rate if rate is None else rate) + hosting)

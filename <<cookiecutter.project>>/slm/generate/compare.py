@@ -30,6 +30,7 @@ class _Bare:
 
     def __init__(self, model):
         self.name, self.fingerprint, self._model = model.name, f"{model.fingerprint} bare", model
+        self.purse = getattr(model, "purse", None)  # it has paid: the ledger holds these calls already
 
     def answer(self, prompts):
         from slm.contract import first_object

@@ -12,7 +12,7 @@ from slm.evaluate.compare import FEW, Comparison, compare_results, detectable_di
 from slm.evaluate.metrics import Result
 from slm.evaluate.preference import prefer
 from slm.evaluate.release import failed_rows, gates, other_seeds, report_file
-from slm.report import html, plots, tables
+from slm.report import economy, html, plots, tables
 from slm.report.baselines import baseline_report, columns, eval_plan, fields
 from slm.report.render import LINES, differences, nine, render, table
 from slm.rows import Row, write_json, write_text
@@ -86,6 +86,7 @@ def build(
             set: {r.name: failed_rows(r.scores, contract) for r in candidate if r.set == set} for set in compared
         },
     }  # fmt: skip
+    report["cost"] = economy.economy(settings, found["dev"], compared["dev"])
     report["gates"] = [gate.model_dump() for gate in gates(settings, report)]
     return report
 
@@ -208,6 +209,8 @@ def write(settings, contract: Contract, report: dict, candidate: Sequence[Result
         "all models": plots.models_bar(shown, name, out / "models.png", contract.target),
         "by slice": plots.slices(mine, name, out / "slices.png"),
     }
+    if report["cost"]["own"]["per request"] is not None and report["cost"]["other"]["tokens per request"]:
+        pictures["does it pay"] = plots.break_even(report["cost"], out / "break_even.png")
     if mine.confusion:
         pictures["confusion matrix"] = plots.confusion(mine, out / "confusion.png")
     if mine.calibration:

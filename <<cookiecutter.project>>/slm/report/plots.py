@@ -130,3 +130,33 @@ def reliability(result: Result, path: Path) -> Path:
     text = f"{title(result.name)} on {result.set}, n = {found['n']}: ECE {found['ece']:.3f}, Brier {found['brier']:.3f}"
     figure.suptitle(text, fontsize=10)
     return _save(figure, path)
+
+
+def break_even(found: dict, path: Path) -> Path:
+    """When the fine-tune has paid for itself, over requests per month (across) and the price that the alternative takes
+    per million tokens (up). `found`: see `slm.report.economy`."""
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+
+    own, other, here = found["own"], found["other"], max(1, found["requests"])
+    price = 1e6 * (other["per request"] or 1e-6 * other["tokens per request"]) / other["tokens per request"]
+    across, up = (middle * np.logspace(-2, 2, 161) for middle in (here, price))
+    requests, prices = np.meshgrid(across, up)
+    saved = requests * (other["tokens per request"] * prices / 1e6 - own["per request"])
+    gain = saved - found["hosting"] - (found["maintenance"] or 0)
+    months = np.where(gain > 0, found["spent"] / np.maximum(gain, 1e-9), np.inf)
+    shades = {"within a month": "#1c4f82", "within 3 months": BLUE, "within a year": "#6ba3d6",
+              "within 3 years": "#a9cbe8", "later": "#dbe9f5", "never": GREY}  # fmt: skip
+    figure = _figure(7, 4.4)
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="requests per month")
+    area = np.digitize(months, [1, 3, 12, 36, 1e9], right=True)
+    axes.pcolormesh(requests, prices, area, cmap=ListedColormap(list(shades.values())), vmin=-0.5, vmax=5.5)
+    for name, shade in shades.items():
+        axes.plot([], [], "s", color=shade, label=name)
+    if other["per request"]:
+        axes.plot(here, price, "o", color="#c53030", mec="white", ms=9, label="this project")
+    axes.set_ylabel(f"price of the alternative, {found['currency']} per 1M tokens")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="paid back")
+    upkeep = "not said, taken as 0" if found["maintenance"] is None else f"{found['maintenance']:,.0f} a month"
+    axes.set_title(f"{found['spent']:,.2f} {found['currency']} spent, maintenance {upkeep}", fontsize=10)
+    return _save(figure, path)

@@ -7,7 +7,7 @@ from slm.contract import Contract
 from slm.evaluate.candidate import NAME
 from slm.evaluate.metrics import Result
 from slm.evaluate.release import Gate
-from slm.report import tables
+from slm.report import economy, tables
 from slm.train.callbacks import FORGOTTEN
 
 LINES = (
@@ -29,7 +29,7 @@ def fill(template: str, **values) -> str:
     made = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     made.filters |= {
         "block": block, "comparisons": tables.comparisons, "metric": tables.metric, "side_by_side": tables.side_by_side,
-        "shorten": tables.shorten,
+        "months": economy.months, "shorten": tables.shorten,
         "counted": lambda counts: ", ".join(f"{name} {n}" for name, n in counts.items()),
         "table": lambda records: tables.markdown(records).rstrip("\n"), "title": tables.title,
     }  # fmt: skip

@@ -161,8 +161,7 @@ def tune(settings, contract: Contract) -> dict:
         registry.append(settings, "runs", {**found, "status": "failed", "error": f"{type(error).__name__}: {error}"[:500]})
         raise
     kept, seconds = compared.outcome == "better", round(time.perf_counter() - begin, 1)
-    money = seconds / 3600 * settings.cost.gpu_hourly_rate
-    cost.add(settings, "gpu_training_cost", money, hours=round(seconds / 3600, 5))
+    money = cost.add_hours(settings, "gpu_training_cost", seconds / 3600, device=trained.get("device", ""))["money"]
     facts = {
         "method": own.method, "status": "kept" if kept else "discarded", "seconds": seconds, "metrics": metrics,
         "before": compared.baseline, "after": compared.candidate, "difference": compared.difference.model_dump(),

@@ -78,12 +78,12 @@ def train(settings, contract, resume: bool = True) -> dict:
         failed = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
         if _first_process():
             registry.append(settings, "runs", {**record, **failed, "seconds": round(time.perf_counter() - begin, 1)})
+            _book(settings, time.perf_counter() - begin, record)
         raise
     if not _first_process():
         return record
     seconds = round(time.perf_counter() - begin, 1)
-    money = seconds / 3600 * settings.cost.gpu_hourly_rate
-    cost.add(settings, "gpu_training_cost", money, hours=round(seconds / 3600, 5))
+    money = _book(settings, seconds, record)
     files = [f for f in sorted(adapter_folder(settings).iterdir()) if f.is_file()]
     record |= {
         "status": "completed", "metrics": metrics, "recipe": settings.train.model_dump(), "seconds": seconds, "cost": round(money, 6),
@@ -245,6 +245,12 @@ def _metrics(state, seconds: float) -> dict:
         "dev_loss_first": dev[0][1], "dev_loss_best": best[1], "dev_loss_final": dev[-1][1], "best_step": best[0],
         "tokens": int(tokens), "train_seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds, 1),
     }  # fmt: skip
+
+
+def _book(settings, seconds: float, record: dict) -> float:
+    """The hours of every process that trained, a failed run's too, in the ledger; returns the money."""
+    hours = seconds / 3600 * int(os.environ.get("WORLD_SIZE", "1"))
+    return cost.add_hours(settings, "gpu_training_cost", hours, device=record.get("device", ""))["money"]
 
 
 def head(settings) -> dict:
