@@ -23,6 +23,10 @@ EXPECTED = {  # written from the documented formats
         '{{ else if eq $m.Role "assistant" }}<|im_end|>\n<|im_start|>assistant\n{{ $m.Content }}<|im_end|>\n{{ end }}{{ end }}'
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     ),
+    "qwen3_2507": (
+        "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}<|im_start|>user\n{{ .Prompt }}<|im_end|>\n"
+        "<|im_start|>assistant\n{{ .Response }}<|im_end|>\n"
+    ),
     "llama3": (
         "{{ if .System }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n{{ .System }}<|eot_id|>{{ end }}"
         "<|start_header_id|>user<|end_header_id|>\n\n{{ .Prompt }}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -118,7 +122,7 @@ def test_go_renders_what_the_tokenizer_renders(folders):
     command = ["go", "run", str(Path(__file__).with_name("ollama.go"))]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == expected and len(expected) == 6
+    assert json.loads(done.stdout) == expected and len(expected) == 7
 
 
 @pytest.mark.parametrize("name", FAMILIES)
