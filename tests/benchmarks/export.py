@@ -74,7 +74,7 @@ def stage(name: str, project: Path, run: str, profile: str) -> dict:
         found = {"seconds": took, "prompts": tokens.prove_tokens(merged, made, chats).prompts,
                  **near(logits, contract, golden[:8], merged, paths[:1], [made])}  # fmt: skip
     else:
-        ways = parity.score_paths(settings, contract, golden, files[0], merged)
+        ways = parity.score_paths(settings, contract, [*golden, *dev], files[0], merged)
         shipped = parity.score_files(settings, contract, golden, files, dev)
         found = {f"{one.name}, {one.way}": f"{one.exact}/{len(one.scores)}" for one in [*ways, *shipped]}
     seconds, f16 = time.perf_counter() - begin, 2 * sum(p.numel() for p in _weights(merged)) / 1e6

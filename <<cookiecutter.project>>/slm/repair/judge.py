@@ -5,7 +5,6 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from slm import cost
 from slm.curate.gates import runs
 from slm.curate.text import words
 from slm.errors import SlmError
@@ -49,9 +48,6 @@ def judged(settings, contract, found: list[Cluster], pairs: Sequence[tuple], pro
     except SlmError as error:
         print(f"repair.judge: {error} The clusters by rule stand.")
         return found
-    if judge.calls:  # else all came from the cache
-        used = (sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers))
-        cost.add(settings, "eval_inference_cost", cost.token_money(settings.repair.judge, *used), judge=judge.name)
     for (cause, shown), answer in zip(causes.items(), answers, strict=True):
         own = [c for c in fit if c.cause == cause]
         made, problem = _read(answer.text, own, shown, [by_id[f.row_id][0].user for f in shown])
