@@ -91,6 +91,21 @@ def tiny():
     return model
 
 
+def test_weights_are_those_of_bfloat16_whatever_they_are_computed_in(tiny, monkeypatch):
+    """Guards against a model that is evaluated with other weights than 08 exports, and against mixed caches."""
+    torch = pytest.importorskip("torch")
+    from slm.models import hf
+
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(hf, "compute_dtype", lambda dtype=dtype: dtype)
+        found[dtype] = hf.HFModel(hf.Path(tiny.model.name_or_path), "tiny")
+        assert found[dtype].model.dtype == dtype
+    half, full = (found[dtype].model.state_dict() for dtype in (torch.bfloat16, torch.float32))
+    assert all(torch.equal(half[name].float(), full[name]) for name in half)
+    assert found[torch.bfloat16].fingerprint != found[torch.float32].fingerprint
+
+
 def test_batched_answers_equal_lone_ones(tiny):
     """Guards against padding or the shared prefix leaking into an answer."""
     prompts = [prompt(t, 12) for t in ("a", "a much longer question than the first one, with words", "b c", "d " * 40, "e")]

@@ -246,7 +246,25 @@ def test_a_row_of_an_evaluation_set_is_never_trained_on_or_chosen_by(project):
 # Memory, disk and bad input: one clear error each, the record closed as failed.
 
 
-def test_the_memory_estimate_counts_what_is_really_there(project):
+@pytest.fixture
+def with_bf16(monkeypatch):
+    """A machine that computes in bfloat16, whatever this one does."""
+    import torch
+
+    monkeypatch.setattr(recipe, "compute_dtype", lambda: torch.bfloat16)
+
+
+def test_a_machine_that_only_emulates_bf16_trains_in_fp32(project, monkeypatch):
+    """Guards against minutes that become an hour on a CPU without AVX-512."""
+    import torch
+
+    monkeypatch.setattr(recipe, "compute_dtype", lambda: torch.float32)
+    assert recipe.in_force(settings_of(project, precision="bf16"))["precision"] == "fp32"
+    monkeypatch.setattr(recipe, "compute_dtype", lambda: torch.bfloat16)
+    assert recipe.in_force(settings_of(project, precision="bf16"))["precision"] == "bf16"
+
+
+def test_the_memory_estimate_counts_what_is_really_there(project, with_bf16):
     """Guards against an estimate that has nothing to do with the model."""
     examples = [Example("a", [1] * 100, [-100] * 50 + [1] * 50)]
     model = load(settings_of(project))
@@ -264,7 +282,7 @@ def test_the_memory_estimate_counts_what_is_really_there(project):
 
 
 @pytest.mark.parametrize("changed", [{}, {"precision": "bf16"}, {"precision": "bf16", "lora_dropout": 0.05}])
-def test_the_estimated_activations_are_those_that_torch_keeps(project, changed):
+def test_the_estimated_activations_are_those_that_torch_keeps(project, changed, with_bf16):
     """Guards against a formula of another architecture: it said two thirds of what a run really took."""
     import torch
 
@@ -277,7 +295,7 @@ def test_the_estimated_activations_are_those_that_torch_keeps(project, changed):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or its address would be used again
         return tensor
 
-    ids, half = torch.ones(4, 200, dtype=torch.long), "precision" in changed
+    ids, half = torch.ones(4, 200, dtype=torch.long), recipe.in_force(settings)["precision"] == "bf16"
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=half):
         model.base_model.model.model(input_ids=ids, attention_mask=ids)
     need = recipe.memory(settings, [Example("a", [1] * 200, [-100] * 199 + [1])], batch=4)["activations"]

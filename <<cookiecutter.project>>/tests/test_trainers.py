@@ -291,6 +291,7 @@ def test_a_4_bit_base_is_packed_as_fsdp_needs_it(project, monkeypatch, fsdp, sto
     import torch
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+    monkeypatch.setattr("slm.train.recipe.compute_dtype", lambda: torch.bfloat16)
     model = script(settings_of(project)).load_model(settings_of(project, method="qlora", load_in_4bit=True, precision="bf16"))
     packed = next(p for name, p in model.named_parameters() if "down_proj" in name and "lora" not in name)
     assert type(packed).__name__ == "Params4bit" and packed.dtype == getattr(torch, storage)

@@ -8,6 +8,7 @@ from slm.contract import Contract
 from slm.export.merge import adapter_folder
 from slm.export.quantize import GgufFile
 from slm.models import base_folder
+from slm.models.hf import compute_dtype
 from slm.models.llama_cpp import LlamaCppModel
 from slm.rows import Row
 from slm.train.encode import render
@@ -39,7 +40,7 @@ def prove_logits(
     settings, contract: Contract, rows: Sequence[Row], merged: Path, files: Sequence[GgufFile]
 ) -> list[LogitProof]:
     """Compare next tokens inside the expected answers of `export.logit_prompts` rows, spread evenly: the adapter over
-    its base, not merged, with the merged model ("merged"), then each file with the merged model. In bfloat16 as evaluated,
+    its base, not merged, with the merged model ("merged"), then each file with the merged model. Computed as evaluated,
     on the CPU, where a model fits that was merged there."""
     from transformers import AutoTokenizer
 
@@ -64,7 +65,7 @@ def checkpoint_logits(folder: Path, asked: Asked, adapter: Path | None = None) -
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(compute_dtype()).eval()
     if adapter:
         from peft import PeftModel
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from slm import registry
 from slm.errors import SlmError
 from slm.models import base_folder
+from slm.models.hf import compute_dtype
 from slm.rows import digest
 from slm.train.callbacks import set_tracker
 
@@ -47,6 +48,8 @@ def in_force(settings) -> dict:
     precision = recipe.precision
     if precision == "bf16" and gpu and recipe.trainer == "unsloth" and not torch.cuda.is_bf16_supported(False):
         precision = "fp16"  # older cards; Unsloth handles it, TRL runs bf16 emulated
+    if precision == "bf16" and compute_dtype() == torch.float32:
+        precision = "fp32"  # this CPU only emulates bf16
     gpu_only = any(word in recipe.optimizer for word in ("8bit", "paged"))
     device = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     return {
