@@ -19,8 +19,8 @@ from slm.errors import SlmError
 from slm.evaluate.release import check
 from slm.generate.teacher import Job, Store
 from slm.production import forget as deletion
-from slm.production.erase import Content, telling
-from slm.production.forget import PENDING, forget, plan, told
+from slm.production.erase import Content
+from slm.production.forget import PENDING, forget, plan, telling, told
 from slm.repair.causes import Finding
 from slm.repair.clusters import Cell
 from slm.repair.plan import Item, Plan, request

@@ -15,7 +15,6 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from slm.errors import SlmError
-from slm.production.scrub import spans
 from slm.rows import replacing
 
 GONE = "[FORGOTTEN]"
@@ -26,15 +25,11 @@ _UNREAD = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".png", ".parquet", "
 _WORD = re.compile(  # numbers with their decimals; Chinese and Japanese, which have no spaces, sign by sign
     r"&#?\w+;|</?[a-z][^<>\n]{0,99}>|\\[nrt]|(\d+(?:\.\d+)+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+)"
 )
-_TOKEN = re.compile(r"\w+(?:[-/]\w+)*")
-_COMMON = re.compile(  # a date or time, a count, a placeholder of the scrub
-    r"\d{1,4}(?:[-/.:]\d{1,4}){1,2}(?:T.*)?|\d{1,6}|\d+000|[A-Z_]+_\d+"
-)
 _KEYS = ("id", "row_id", "request_id")
 
 
 class Content(BaseModel):
-    """Ids and groups of rows, the subject as given, the rows' messages and what in these identifies (`telling`), and
+    """Ids and groups of rows, the subject as given, the rows' messages and what in these identifies (`forget.telling`), and
     the ids of the repair requests that answered to them."""
 
     ids: list[str]
@@ -116,19 +111,6 @@ class Content(BaseModel):
         return known or self.holds(str(record.get("raw", "")), runs=True)  # raw: a torn line that 04 refused
 
 
-def telling(record: dict) -> set[str]:
-    """What can identify in a row or log line: of the message, what the scrub's patterns find and tokens with a digit; of
-    the answers, values in quotes that stand in the message, if they have a digit or two words. They have five letters
-    and digits at least and are no date, time, round number or number under seven digits, for counts look like that; nor
-    one word without a digit: a label, a city, a surname alone mean other things elsewhere. `forget.plan` leaves out
-    what other rows, or the user's own files, hold as well."""
-    said, answers = "\n".join(texts(record)), texts(record, "assistant", ("output", "correction"))
-    found = {value for text in answers for value in re.findall(r'"([^"\\]+)"', _unescaped(text)) if _bare(value) in _bare(said)}
-    found = {value for value in {*found, *_TOKEN.findall(said)} if re.search(r"\d", value) or not _TOKEN.fullmatch(value)}
-    found |= {said[begin:end] for begin, end, _ in spans(said)}
-    return {value for value in found if len(_bare(value)) > 4 and not _COMMON.fullmatch(value)}
-
-
 def files(settings, left_out: str) -> Iterator[tuple[str, Path]]:
     """Names and paths of the files that are searched, sorted within each folder, but for the one named."""
     for folder, inner, names in os.walk(settings.root):
@@ -142,7 +124,8 @@ def content(path: Path) -> str:
     """A file's text, unpacked; of a binary file what reads as text; "" when it is gone. Raises SlmError when it cannot
     be read: nobody could say what it holds."""
     try:
-        return (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode("utf-8", "replace")
+        data = path.read_bytes()
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
     except (OSError, EOFError, zlib.error) as error:
@@ -181,6 +164,11 @@ def parsed(text: str):
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def unescaped(text: str) -> str:
+    """A text with its \\u escapes, however often escaped themselves, resolved."""
+    return re.sub(r"\\+u([0-9a-fA-F]{4})", lambda hit: chr(int(hit[1], 16)), text)
 
 
 def clean(path: Path, name: str, found: Content) -> bool:
@@ -247,17 +235,9 @@ def _by_line(path: Path) -> bool:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    text = unicodedata.normalize("NFC", _unescaped(text))
+    text = unicodedata.normalize("NFC", unescaped(text))
     return tuple(hit[1].lower() for hit in _WORD.finditer(text) if hit[1])
-
-
-def _unescaped(text: str) -> str:
-    return re.sub(r"\\+u([0-9a-fA-F]{4})", lambda hit: chr(int(hit[1], 16)), text)
 
 
 def _joined(words: tuple[str, ...]) -> str:
     return f" {' '.join(words)} "
-
-
-def _bare(text: str) -> str:
-    return "".join(re.findall(r"[^\W_]+", text.lower()))

@@ -3,6 +3,7 @@
 What a model has learnt cannot be cut out of it: every model trained on such a row is named and refused for release."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -12,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from slm import registry
 from slm.errors import SlmError
-from slm.production.erase import YOURS, Content, clean, content, dicts, files, ids, records, telling, texts
+from slm.production.erase import YOURS, Content, clean, content, dicts, files, ids, records, texts, unescaped
+from slm.production.scrub import spans
 from slm.rows import digest, plain, write_json, write_text
 
 PENDING = ".cache/forget.json"  # the plan while it is carried out: a deletion that was cut off goes on from it
@@ -20,6 +22,9 @@ TOMBSTONES = "forgotten"
 WAIT = 5  # seconds for a reviewer's decision or a line of 04; a run takes longer
 # Kept under hashes of whole prompts and versions, so nothing tells whom they concern: they go whole, and fill again.
 CACHES = (".cache/answers.sqlite*", ".cache/datasets")
+_TOKEN = re.compile(r"\w+(?:[-/]\w+)*")
+# A date or time, a count, a placeholder of the scrub.
+_COMMON = re.compile(r"\d{1,4}(?:[-/.:]\d{1,4}){1,2}(?:T.*)?|\d{1,6}|\d+000|[A-Z_]+_\d+")
 
 
 class Plan(Content):
@@ -45,8 +50,8 @@ def plan(settings, subject: str = "", row_id: str = "") -> Plan:
     if (file := settings.path(PENDING)).is_file():
         found = Plan.model_validate_json(file.read_bytes())
         if subject and subject != found.subject or row_id and row_id not in found.ids:
-            mend = "wait for it, or finish it with `python -m slm forget` alone, then run this again"
-            raise SlmError(f"forget: another deletion is at work or was cut off; {mend}. Nothing was changed.")
+            mend = "wait, or finish it with `python -m slm forget` alone (give it up: delete .cache/forget.json)"
+            raise SlmError(f"forget: another deletion is at work or was cut off; {mend}, then run this again.")
         return found
     if bool(subject) == bool(row_id) or subject and len(subject) < 3:
         raise SlmError("forget: give --row, or --subject with at least three characters.")
@@ -66,6 +71,19 @@ def plan(settings, subject: str = "", row_id: str = "") -> Plan:
             found.files[name] = found.files.get(name, 0) + 1
     found.ids, found.values = sorted(known), sorted(values)
     return _related(settings, found)
+
+
+def telling(record: dict) -> set[str]:
+    """What can identify in a row or log line: of the message, what the scrub's patterns find and tokens with a digit; of
+    the answers, values in quotes that stand in the message, if they have a digit or two words. They have five letters
+    and digits at least and are no date, time, round number or number under seven digits, for counts look like that; nor
+    one word without a digit: a label, a city, a surname alone mean other things elsewhere. `plan` leaves out
+    what other rows, or the user's own files, hold as well."""
+    said, answers = "\n".join(texts(record)), texts(record, "assistant", ("output", "correction"))
+    found = {value for text in answers for value in re.findall(r'"([^"\\]+)"', unescaped(text)) if _bare(value) in _bare(said)}
+    found = {value for value in {*found, *_TOKEN.findall(said)} if re.search(r"\d", value) or not _TOKEN.fullmatch(value)}
+    found |= {said[begin:end] for begin, end, _ in spans(said)}
+    return {value for value in found if len(_bare(value)) > 4 and not _COMMON.fullmatch(value)}
 
 
 def _related(settings, found: Plan) -> Plan:
@@ -137,7 +155,7 @@ def told(found: Plan) -> str:
     """A plan in words for the terminal, without any of the content."""
     where = ", ".join(f"{n} in {name}" for name, n in found.files.items()) or "quoted only"
     lines = [f"{sum(found.files.values())} rows and lines: {where}"]
-    lines += [f"{len(found.values)} numbers, addresses and names that stand in these rows alone"] if found.values else []
+    lines += [f"{len(found.values)} numbers, addresses and names that stand in these alone: out of every file"] if found.values else []
     lines += [f"dataset version {version} holds some" for version in found.datasets]
     lines += [f"run {run} was trained on them: train it again, it is not released any more" for run in found.runs]
     lines += [f"{model}: delete it, and every copy that was handed out" for model in found.models]
@@ -189,3 +207,7 @@ def _trained(settings, names: Collection[str]) -> tuple[list[str], list[str]]:
     done = {"stage": "train", "status": "completed"}.items()
     runs = (r for r in registry.read(settings, "runs") if done <= r.items())
     return versions, sorted({r["run_id"] for r in runs if r["parents"]["dataset"] in {*versions, *fed}})
+
+
+def _bare(text: str) -> str:
+    return "".join(re.findall(r"[^\W_]+", text.lower()))
