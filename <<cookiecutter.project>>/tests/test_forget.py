@@ -81,6 +81,7 @@ def project(tmp_path):
     failed = {"set": "dev", "row_id": "dev-0123", "user": TEXT, "text": ANSWER}
     write_json(reports / "eval_report.json", {"sets": {"dev": {"hash": "h"}}, "failures": [failed, {"row_id": "t-0004", "user": OTHER}], "note": TEXT[:60]})
     write_json(reports / "scores.json", [{"name": "m", "scores": [{"row_id": "dev-0123", "text": ANSWER}, {"row_id": "t-0004", "text": "x"}]}])
+    write_text(root / "specs/generation_prompts/generation_prompt.md", f"# Prompt\n\n{TEXT}\n")
     quoted = "".join(f"> {line}\n" for line in TEXT.splitlines())
     write_text(reports / "eval_report.md", f"# Report\n\n## Worst\n\n### dev-0123 (dev, canonical)\n\n{quoted}\n| order | TL-61834 |\n\n### t-0004 (dev, x)\n\n{OTHER}\n\n## End\n")
     shown = TEXT.replace("&", "&amp;").replace('"', "&quot;")
