@@ -261,7 +261,8 @@ def test_values_that_identify_stand_in_the_message(said, answer, tells):
 
 @pytest.mark.parametrize(("subject", "text", "there"), [
     ("O'Brien & Co", "<td>O&#39;Brien &amp; Co</td>", True), ("佐藤花子", "こちらは佐藤花子です", True), ("Ann Lee", "ann\\nlee", True),
-    ("Jürgen Öz", r"{\"a\": \"J\\u00fcrgen \u00d6z\"}", True), ("Ann Lee", "Joann Lee", False), ("61834", "loss 0.61834", False),
+    ("Jürgen Öz", r"{\"a\": \"J\\u00fcrgen \u00d6z\"}", True), ("Ann Lee", json.dumps("<a\nAnn Lee> <i>"), True),
+    ("Ann Lee", "Joann Lee", False), ("61834", "loss 0.61834", False),
 ])  # fmt: skip
 def test_a_subject_is_found_however_it_is_written(subject, text, there):
     """Guards against a name that stays because HTML, JSON or a language without spaces writes it in another way."""

@@ -23,7 +23,8 @@ YOURS = ("notebooks/", "task/", "specs/", "project.yaml", "pyproject.toml", "Mak
 _FOLDERS = {".git", ".venv", "__pycache__", "locks", "slm", "tests", "scripts", "training"}  # not this project's data
 _UNREAD = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".png", ".parquet", ".arrow", ".zip"}  # weights, and packed
 _WORD = re.compile(  # numbers with their decimals; Chinese and Japanese, which have no spaces, sign by sign
-    r"&#?\w+;|</?[a-z][^<>\n]{0,99}>|\\[nrt]|(\d+(?:\.\d+)+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+)"
+    r"&#?\w+;|</?[a-z](?:[^<>\n\\]|\\(?!n)){0,99}>|\\[bfnrt]"
+    r"|(\d+(?:\.\d+)+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+)"
 )
 _KEYS = ("id", "row_id", "request_id")
 
@@ -71,11 +72,9 @@ class Content(BaseModel):
         """A pattern for any of the ids."""
         return "|".join(map(re.escape, self.ids)) or "(?!)"
 
-    def about(self, body) -> bool:
+    def about(self, record: dict) -> bool:
         """Whether a record is one of the rows, speaks of one as its own, or holds what `holds` looks for."""
-        if isinstance(body, dict):
-            return self._own(body) or any(self._leaf(key) or self.about(part) for key, part in body.items())
-        return any(map(self.about, body)) if isinstance(body, list) else self._leaf(body)
+        return any(map(self._own, dicts(record))) or self.holds(json.dumps(record, ensure_ascii=False))
 
     def redact(self, text: str) -> str:
         """The text without the lines that hold or quote anything."""
@@ -86,8 +85,8 @@ class Content(BaseModel):
         if isinstance(body, list):
             return [self.pruned(one) for one in body if not (isinstance(one, dict) and self._own(one))]
         if not isinstance(body, dict):
-            return (GONE if isinstance(body, str) else None) if self._leaf(body, runs=True) else body
-        kept = {key: part for key, part in body.items() if key not in self.ids and not self._leaf(key, runs=True)}
+            return (GONE if isinstance(body, str) else None) if self._leaf(body) else body
+        kept = {key: part for key, part in body.items() if key not in self.ids and not self._leaf(key)}
         new, shown = {key: self.pruned(part) for key, part in kept.items()}, json.dumps(body.get("outputs"))
         told = json.dumps(new.get("outputs")) != shown or re.search(rf"(?<![\w-])(?:{self.named})(?![\w-])", shown)
         if "cell_type" in body and told:
@@ -101,14 +100,14 @@ class Content(BaseModel):
         shown = [one for part in made for one in (part.get("contrast_of"), *_list(part.get("parents")))]
         return any(one in self.ids for one in shown) or any(part.get("request") in self.requests for part in made)
 
-    def _leaf(self, value, runs: bool = False) -> bool:
+    def _leaf(self, value) -> bool:
         if isinstance(value, str):
-            return self.holds(value, runs)
+            return self.holds(value, runs=True)
         return type(value) in (int, float) and str(value) in self.values
 
     def _own(self, record: dict) -> bool:
         known = record.get("group") in self.groups or any(record.get(key) in self.ids for key in _KEYS)
-        return known or self.holds(str(record.get("raw", "")), runs=True)  # raw: a torn line that 04 refused
+        return known or "raw" in record and self.holds(str(record["raw"]), runs=True)  # a torn line that 04 refused
 
 
 def files(settings, left_out: str) -> Iterator[tuple[str, Path]]:
@@ -221,7 +220,7 @@ def _entries(path: Path, found: Content) -> bool:
 def _line(line: str, found: Content, quotes: bool) -> str:
     record = parsed(line)
     if record is None or not quotes:  # None: torn
-        return "" if record is None and found.redact(line) != line or found.about(record) else line
+        return "" if (found.redact(line) != line if record is None else found.about(record)) else line
     new = found.pruned(record)
     return line if new == record else json.dumps(new, ensure_ascii=False) + "\n"
 
