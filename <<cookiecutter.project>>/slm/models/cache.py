@@ -13,7 +13,8 @@ from slm.models.base import Answer, Model, Prompt
 
 
 class CachedModel:
-    """A model whose answers are kept in `.cache/answers.sqlite`; the latency of a kept answer is that of its making."""
+    """A model whose answers are kept in `.cache/answers.sqlite`; the latency of a kept answer is that of its making. Of a
+    prompt only the hash is kept: nothing tells whom an answer is about, so a deletion takes the whole file."""
 
     def __init__(self, model: Model, path, chunk: int = 128, book=lambda answers, seconds: None):
         self.name, self.fingerprint, self._model, self._path, self._chunk = model.name, model.fingerprint, model, path, chunk
