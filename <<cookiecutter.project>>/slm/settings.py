@@ -1,6 +1,7 @@
 """project.yaml, a profile and overrides become one frozen Settings; a typo is an error that names the key."""
 
 import copy
+import difflib
 import json
 import re
 from pathlib import Path
@@ -99,8 +100,8 @@ def load_settings(
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        problem = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"]
-        raise SlmError(f"{config} (profile {profile}): {key}: {problem}.{_nearest(key)}") from None
+        problem = f"unknown setting.{_nearest(key)}" if first["type"] == "extra_forbidden" else f"{first['msg']}."
+        raise SlmError(f"{config} (profile {profile}): {key}: {problem}") from None
     settings._root = root
     return settings
 
@@ -114,6 +115,14 @@ def nest(flat: dict) -> dict:
             branch = {part: branch}
         nested = merge(nested, branch)
     return nested
+
+
+def flatten(nested: dict | None, prefix: str = "") -> dict:
+    """Nested fields by dotted names: {"tool": "x", "arguments": {"a": 1}} -> {"tool": "x", "arguments.a": 1}."""
+    flat = {}
+    for key, value in (nested or {}).items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def merge(low: dict, high: dict) -> dict:
@@ -151,14 +160,6 @@ def _yaml(file: Path) -> dict:
 
 
 def _nearest(key: str) -> str:
-    import difflib
-
-    *parents, last = key.split(".")
-    section = Settings
-    for part in parents:
-        field = section.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type):
-            return ""
-        section = field.annotation
-    names = difflib.get_close_matches(last, section.model_fields, n=1)
-    return f" Did you mean {'.'.join([*parents, names[0]])}?" if names else ""
+    known = [*Settings.model_fields, *flatten(Settings().model_dump())]
+    names = difflib.get_close_matches(key, known, n=1)
+    return f" Did you mean {names[0]}?" if names else ""

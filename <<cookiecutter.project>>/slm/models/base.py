@@ -81,19 +81,17 @@ def _download(repo: str, revision: str | None) -> Path:
 
 def base_hash(settings) -> str:
     """16 hex digits over the base's weight files, remembered beside the cache by size and time."""
-    import hashlib
     import json
 
     from slm.registry import file_hash
-    from slm.rows import write_json
+    from slm.rows import digest, write_json
 
     files = sorted(base_folder(settings).glob("*.safetensors"))
-    key = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
+    key = digest(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]), 64)
     memo = settings.path(".cache/base_hash.json")
     known = json.loads(memo.read_text()) if memo.is_file() else {}
     if key not in known:
-        digest = hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:16]
-        write_json(memo, known := {**known, key: digest})
+        write_json(memo, known := {**known, key: digest("".join(map(file_hash, files)), 16)})
     return known[key]
 
 
