@@ -1,6 +1,6 @@
 """The evaluation as one record, and its files: JSON for the gates, Markdown and HTML for people, PNGs beside them."""
 
-import sys
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from slm.report.baselines import baseline_report, columns, eval_plan, fields
 from slm.report.render import LINES, differences, nine, render, table
 from slm.rows import Row, write_json, write_text
 
+PACKAGES = ("torch", "transformers", "peft", "trl", "llama-cpp-python")  # whose versions can move a score
 __all__ = ["LINES", "baseline_report", "build", "columns", "differences", "eval_plan", "fields", "nine", "write"]
 
 
@@ -53,7 +54,7 @@ def build(
             "unsafe_labels": list(contract.unsafe_labels), "issue_key": list(contract.issue_key),
         },
         "model": {"base": settings.model.base, "name": mine.model, "fingerprint": mine.fingerprint},
-        "dataset_version": train and train["parents"]["dataset"], "versions": versions(),
+        "dataset_version": train and train["parents"]["dataset"], "versions": {"python": platform.python_version(), **registry.versions(PACKAGES)},
         "sets": {
             set: {"hash": found[set][NAME].set_hash, "n": len(found[set][NAME].scores), "looks": count(looks, set)}
             for set in compared
@@ -228,12 +229,3 @@ def write(settings, contract: Contract, report: dict, candidate: Sequence[Result
         "artefacts": {str(p.relative_to(settings.root)): registry.file_hash(p) for p in files},
     })  # fmt: skip
     return files[1]
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that can move a score."""
-    from importlib import metadata
-
-    wanted = ("torch", "transformers", "peft", "trl", "llama-cpp-python")
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions()}
-    return {"python": sys.version.split()[0], **{n: installed[n] for n in wanted if n in installed}}
