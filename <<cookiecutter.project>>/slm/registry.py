@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -94,5 +95,8 @@ def count_look(settings, name: str, run_id: str, why: str) -> int:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """The installed versions of those of some packages that are there."""
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions()}
-    return {name: installed[name] for name in packages if name in installed}
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -48,10 +48,7 @@ class Settings(Section):
 
     def path(self, relative: str | Path) -> Path:
         """A path inside the project. Raises SlmError when it would leave the project's folder."""
-        full = (self._root / relative).resolve()
-        if not full.is_relative_to(self._root):
-            raise SlmError(f"{relative}: outside the project's folder {self._root}; use a path inside it.")
-        return full
+        return _inside(self._root, relative)
 
     @property
     def run_dir(self) -> Path:
@@ -85,10 +82,7 @@ def load_settings(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run_id) or ".." in run_id:
         raise SlmError(f"run_id {run_id!r}: use letters, digits, '.', '_' and '-' only, 64 at most.")
     root = find_root(start)
-    file = (root / config).resolve()
-    if not file.is_relative_to(root):
-        raise SlmError(f"{config}: outside the project's folder {root}; use a path inside it.")
-    data = _yaml(file)
+    data = _yaml(_inside(root, config))
     profiles = data.pop("profiles", None) or {}
     if profile != "default" and profile not in profiles:
         raise SlmError(f"{config}: no profile {profile!r}; there are: {', '.join(['default', *profiles])}.")
@@ -143,6 +137,13 @@ def parse_override(text: str) -> tuple[str, object]:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
         return key.strip(), value
+
+
+def _inside(root: Path, relative: str | Path) -> Path:
+    full = (root / relative).resolve()
+    if not full.is_relative_to(root):
+        raise SlmError(f"{relative}: outside the project's folder {root}; use a path inside it.")
+    return full
 
 
 def _yaml(file: Path) -> dict:

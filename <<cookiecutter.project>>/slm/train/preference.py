@@ -91,18 +91,6 @@ def arguments(settings, out: Path) -> dict:
     return found
 
 
-def trainers(method: str) -> tuple[type, type]:
-    """TRL's configuration and trainer of a method."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    import trl
-    from trl.experimental import orpo
-
-    return {
-        "dpo": (trl.DPOConfig, trl.DPOTrainer), "grpo": (trl.GRPOConfig, trl.GRPOTrainer),
-        "orpo": (orpo.ORPOConfig, orpo.ORPOTrainer),
-    }[method]  # fmt: skip
-
-
 def fit(settings, contract: Contract, rows: Sequence[Row], adapter: Path, out: Path, also=()) -> dict:
     """Go on training a LoRA adapter on rows with a rejected answer and save it to `out`; returns the last logged
     metrics; `also` are callbacks. DPO and GRPO hold to the adapter as it was, of which TRL keeps a frozen copy. Raises SlmError without pairs
@@ -122,12 +110,21 @@ def fit(settings, contract: Contract, rows: Sequence[Row], adapter: Path, out: P
     base = AutoModelForCausalLM.from_pretrained(base_folder(settings), dtype=dtype, attn_implementation=force["attention"])
     how, more = arguments(settings, out), {}
     if method == "grpo":
+        from trl import GRPOConfig as Config
+        from trl import GRPOTrainer as Trainer
+
         worth = rewards(contract, rows, settings.preference.rewards)
         how["reward_weights"], more["reward_funcs"] = list(worth.values()), list(worth)
         found = [{"prompt": pair["prompt"], "row": pair["row"]} for pair in found]
-    make_config, make_trainer = trainers(method)
-    trainer = make_trainer(
-        model=PeftModel.from_pretrained(base, adapter, is_trainable=True), args=make_config(**how),
+    elif method == "orpo":
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    else:
+        from trl import DPOConfig as Config
+        from trl import DPOTrainer as Trainer
+    trainer = Trainer(
+        model=PeftModel.from_pretrained(base, adapter, is_trainable=True), args=Config(**how),
         train_dataset=Dataset.from_list(found), processing_class=tokenizer, callbacks=[*also], **more,
     )  # fmt: skip
     trainer.train()

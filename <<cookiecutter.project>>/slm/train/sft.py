@@ -22,7 +22,7 @@ from slm.train.encode import Example, encode, load_tokenizer, preview, stop_ids
 from slm.train.recipe import PATIENCE, check_room, estimate, halved, import_trainer, in_force, processes
 from slm.train.recipe import recipe_hash, sft_arguments
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "unsloth-zoo")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo")
 
 
 def training_rows(settings) -> dict[str, list[Row]]:
