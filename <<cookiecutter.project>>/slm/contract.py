@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from slm.errors import SlmError
 from slm.rows import Row, digest, explain
+from slm.settings import flatten
 
 TASK_TYPES = (
     "classification", "extraction", "json_generation", "tool_calling", "rewriting", "qa", "review", "planning", "safety",
@@ -158,16 +159,7 @@ class Contract:
         """The category of an output, or None."""
         return None if value is None or self.label_field is None else value.get(self.label_field)
 
-    @staticmethod
-    def flatten(value: dict | None, prefix: str = "") -> dict:
-        """Nested fields by dotted names: {"tool": "x", "arguments": {"a": 1}} -> {"tool": "x", "arguments.a": 1}."""
-        flat = {}
-        for key, item in (value or {}).items():
-            if isinstance(item, dict):
-                flat |= Contract.flatten(item, f"{prefix}{key}.")
-            else:
-                flat[f"{prefix}{key}"] = item
-        return flat
+    flatten = staticmethod(flatten)
 
 
 def first_object(text: str) -> str:

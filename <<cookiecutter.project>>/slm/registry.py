@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock
@@ -14,14 +17,9 @@ SETS = ("dev", "test", "adversarial", "golden")
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files with their names, as 64 hex digits."""
-    path, found = Path(path), hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if path.is_dir():
-            found.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: found)
-    return found.hexdigest()
+    """SHA-256 of a file, as 64 hex digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def locked(settings, name: str, timeout: float = -1) -> FileLock:
@@ -93,3 +91,12 @@ def count_look(settings, name: str, run_id: str, why: str) -> int:
         raise SlmError("data/eval/test.jsonl: not to be tuned on; use dev, and at the very end evaluate.final_test: true.")
     append(settings, "looks", {"set": name, "run_id": run_id, "why": why})
     return sum(record["set"] == name for record in read(settings, "looks"))
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed versions of those of some packages that are there."""
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

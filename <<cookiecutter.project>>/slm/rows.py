@@ -20,21 +20,24 @@ Difficulty = Literal["easy", "medium", "hard"]
 Source = Literal["human", "teacher", "production", "program"]
 KINDS: tuple[str, ...] = get_args(Kind)
 DIFFICULTIES: tuple[str, ...] = get_args(Difficulty)
-SOURCES: tuple[str, ...] = get_args(Source)
 
 
-class Message(BaseModel):
+class Record(BaseModel):
+    """What is read from disk: an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Message(Record, frozen=True):
     """One turn of a chat."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class Meta(BaseModel):
+class Meta(Record, frozen=True):
     """What is known about a row; `group` keeps rows of one scenario, document or customer on one side of a split."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     category: str
     kind: Kind = "canonical"
     difficulty: Difficulty = "medium"
@@ -44,10 +47,9 @@ class Meta(BaseModel):
     provenance: dict = Field(default_factory=dict)
 
 
-class Row(BaseModel):
+class Row(Record, frozen=True):
     """One example. `messages` ends with the assistant's answer; `rejected` holds the worse answer of a preference pair."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     id: str
     messages: list[Message] = Field(min_length=2)
     meta: Meta
@@ -62,11 +64,6 @@ class Row(BaseModel):
         return self
 
     @property
-    def prompt(self) -> list[Message]:
-        """The messages before the final answer."""
-        return self.messages[:-1]
-
-    @property
     def answer(self) -> str:
         """The final assistant content."""
         return self.messages[-1].content
@@ -79,7 +76,7 @@ class Row(BaseModel):
     def answered(self, answer: str) -> "Row":
         """The row with another final answer."""
         last = self.messages[-1].model_copy(update={"content": answer})
-        return self.model_copy(update={"messages": [*self.prompt, last]})
+        return self.model_copy(update={"messages": [*self.messages[:-1], last]})
 
     def noted(self, **meta) -> "Row":
         """The row with other fields of `meta`; a provenance adds to what is known."""

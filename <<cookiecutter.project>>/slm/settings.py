@@ -1,6 +1,7 @@
 """project.yaml, a profile and overrides become one frozen Settings; a typo is an error that names the key."""
 
 import copy
+import difflib
 import json
 import re
 from pathlib import Path
@@ -47,10 +48,7 @@ class Settings(Section):
 
     def path(self, relative: str | Path) -> Path:
         """A path inside the project. Raises SlmError when it would leave the project's folder."""
-        full = (self._root / relative).resolve()
-        if not full.is_relative_to(self._root):
-            raise SlmError(f"{relative}: outside the project's folder {self._root}; use a path inside it.")
-        return full
+        return _inside(self._root, relative)
 
     @property
     def run_dir(self) -> Path:
@@ -84,10 +82,7 @@ def load_settings(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run_id) or ".." in run_id:
         raise SlmError(f"run_id {run_id!r}: use letters, digits, '.', '_' and '-' only, 64 at most.")
     root = find_root(start)
-    file = (root / config).resolve()
-    if not file.is_relative_to(root):
-        raise SlmError(f"{config}: outside the project's folder {root}; use a path inside it.")
-    data = _yaml(file)
+    data = _yaml(_inside(root, config))
     profiles = data.pop("profiles", None) or {}
     if profile != "default" and profile not in profiles:
         raise SlmError(f"{config}: no profile {profile!r}; there are: {', '.join(['default', *profiles])}.")
@@ -99,8 +94,8 @@ def load_settings(
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        problem = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"]
-        raise SlmError(f"{config} (profile {profile}): {key}: {problem}.{_nearest(key)}") from None
+        problem = f"unknown setting.{_nearest(key)}" if first["type"] == "extra_forbidden" else f"{first['msg']}."
+        raise SlmError(f"{config} (profile {profile}): {key}: {problem}") from None
     settings._root = root
     return settings
 
@@ -114,6 +109,14 @@ def nest(flat: dict) -> dict:
             branch = {part: branch}
         nested = merge(nested, branch)
     return nested
+
+
+def flatten(nested: dict | None, prefix: str = "") -> dict:
+    """Nested fields by dotted names: {"tool": "x", "arguments": {"a": 1}} -> {"tool": "x", "arguments.a": 1}."""
+    flat = {}
+    for key, value in (nested or {}).items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def merge(low: dict, high: dict) -> dict:
@@ -136,6 +139,13 @@ def parse_override(text: str) -> tuple[str, object]:
         return key.strip(), value
 
 
+def _inside(root: Path, relative: str | Path) -> Path:
+    full = (root / relative).resolve()
+    if not full.is_relative_to(root):
+        raise SlmError(f"{relative}: outside the project's folder {root}; use a path inside it.")
+    return full
+
+
 def _yaml(file: Path) -> dict:
     if not file.is_file():
         raise SlmError(f"{file}: there is no such file.")
@@ -151,14 +161,6 @@ def _yaml(file: Path) -> dict:
 
 
 def _nearest(key: str) -> str:
-    import difflib
-
-    *parents, last = key.split(".")
-    section = Settings
-    for part in parents:
-        field = section.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type):
-            return ""
-        section = field.annotation
-    names = difflib.get_close_matches(last, section.model_fields, n=1)
-    return f" Did you mean {'.'.join([*parents, names[0]])}?" if names else ""
+    known = [*Settings.model_fields, *flatten(Settings().model_dump())]
+    names = difflib.get_close_matches(key, known, n=1)
+    return f" Did you mean {names[0]}?" if names else ""

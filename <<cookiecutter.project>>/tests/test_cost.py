@@ -221,7 +221,7 @@ def test_report_and_card_say_whether_it_pays(settings):
 def test_the_plot_says_never_where_it_never_pays(tmp_path, monkeypatch):
     """A picture that disagrees with the sentence: the colour at each place is the formula's month."""
     drawn = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update(figure=figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update(figure=figure))
     settings = made(tmp_path, **RATES)
     cost.add(settings, "engineering_time", 4000)
     found = case(settings)

@@ -15,12 +15,13 @@ from slm import registry
 from slm.contract import Contract
 from slm.curate import curate, privacy
 from slm.curate.decisions import Decision, decide
-from slm.curate.engine import Job, Local, judge
+from slm.curate.engine import Job
 from slm.curate.gates import runs
 from slm.curate.leakage import leaks
 from slm.curate.read import Verdict, chunks, read_candidates
-from slm.curate.rubric import DIMENSIONS, accepts
+from slm.curate.rubric import DIMENSIONS, shortfall
 from slm.curate.text import words
+from slm.curate.verdicts import Local, judge
 from slm.errors import SlmError
 from slm.rows import make_row, read_rows, write_json, write_rows
 from slm.settings import load_settings
@@ -165,7 +166,7 @@ def test_evaluation_rows_are_found_copied_reworded_and_embedded(tmp_path):
 ])  # fmt: skip
 def test_personal_data_is_proven_by_check_sums(text, kind):
     """A card number that passes Luhn must go; a number that only looks like one must stay."""
-    hit = privacy.find(text)
+    hit = next(privacy.hits(text), None)
     assert (hit is None) if kind is None else (hit is not None and kind in hit[0])
 
 
@@ -185,7 +186,7 @@ def test_restricted_sources_are_refused_and_no_decision_overrules_that(tmp_path)
 
 def test_personal_data_is_not_repeated_in_the_evidence():
     """A report that prints the secret it found."""
-    verdict = privacy.personal([row("my card 4111 1111 1111 1111 was charged")])[0]
+    verdict = privacy.personal(row("my card 4111 1111 1111 1111 was charged"))
     assert "1111 1111" not in json.dumps(verdict.evidence)
 
 
@@ -408,9 +409,10 @@ def outputs_of(project) -> dict[str, bytes]:
 def test_rubric_accepts_by_the_rule():
     """26 of 35 with correctness 3 must not pass."""
     fives = dict.fromkeys(DIMENSIONS, 5)
-    assert accepts(fives) and accepts({**dict.fromkeys(DIMENSIONS, 3), "correctness": 5, "format": 5, "safety": 4})
-    assert not accepts({**fives, "correctness": 3}) and not accepts({**fives, "format": 4})
-    assert not accepts({**fives, "safety": 3}) and not accepts({k: 5 for k in DIMENSIONS[1:]})
+    assert not shortfall(fives)
+    assert not shortfall({**dict.fromkeys(DIMENSIONS, 3), "correctness": 5, "format": 5, "safety": 4})
+    assert shortfall({**fives, "correctness": 3}) and shortfall({**fives, "format": 4})
+    assert shortfall({**fives, "safety": 3}) and shortfall({k: 5 for k in DIMENSIONS[1:]})
 
 
 def test_near_duplicates_are_found_among_many(tmp_path):

@@ -29,7 +29,8 @@ from slm.evaluate import (
     seeds,
 )  # fmt: skip
 from slm.evaluate.calibration import reliability
-from slm.evaluate.metrics import confusion, cost_per_1k, interval, suspicions, table_statistic
+from slm.evaluate.intervals import interval, table_statistic
+from slm.evaluate.metrics import confusion, cost_per_1k, suspicions
 from slm.evaluate.scorers import row_metric
 from slm.models import Answer
 from slm.models.program import ProgramModel
@@ -324,7 +325,7 @@ def test_classification_equals_scikit_learn():
         assert found["accuracy"].value == near(accuracy_score(want, got))
         assert found["macro_f1"].value == near(f1_score(want, got, labels=names, average="macro", zero_division=0))
         assert np.array_equal(table["counts"], confusion_matrix(want, got, labels=table["labels"]))
-    wrong = [row_metric("false_negative_rate")(s, CLASSES) for s in (one(CLASSES, {"label": w}, {"label": g}) for w, g in pairs)]
+    wrong = [row_metric(s, "false_negative_rate") for s in (one(CLASSES, {"label": w}, {"label": g}) for w, g in pairs)]
     assert wrong == [float(w != g) for w, g in pairs]
     acted, harm = [g in names[1:] for g in got], [w != "allowed" for w in want]
     assert found["violation_recall"].value == near(recall_score(harm, acted))

@@ -90,7 +90,7 @@ def settings(tmp_path, monkeypatch):
         write_rows(tmp_path / f"data/eval/{name}.jsonl", ticket_rows(n, name))
     write_rows(tmp_path / "data/raw/seed.jsonl", ticket_rows(20, "seed"))
     monkeypatch.setattr("slm.models.student", lambda settings, adapter=None: double(0.2))
-    monkeypatch.setattr("slm.report.plots._save", lambda figure, path: write_text(path, "drawn in test_report"))
+    monkeypatch.setattr("slm.report.plots.save", lambda figure, path: write_text(path, "drawn in test_report"))
     return made
 
 

@@ -6,8 +6,3 @@ from slm.curate.plots import contradictions, heat_map, histogram, plot_funnel
 from slm.curate.split import split_file
 from slm.curate.tokens import token_counter
 from slm.curate.versions import diff, split_table, volume_stage, volume_warning
-
-__all__ = [
-    "Curated", "cells", "contradictions", "coverage", "curate", "diff", "heat_map", "histogram", "plot_funnel",
-    "split_file", "split_table", "token_counter", "volume_stage", "volume_warning",
-]  # fmt: skip

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from slm.curate import gates, leakage
-from slm.curate.coverage import shares, tally
+from slm.curate.coverage import coverage, tally
 from slm.curate.decisions import read_decisions
-from slm.curate.engine import Job, Judged, Local, embed, judge
+from slm.curate.engine import Job, embed
 from slm.curate.plots import plot_funnel
 from slm.curate.read import Chunk, Verdict, chunks, read_candidates
 from slm.curate.split import split_file
 from slm.curate.text import skeleton, text_of, words
+from slm.curate.verdicts import Judged, Local, judge
 from slm.curate.versions import record_dataset, writing
 from slm.errors import SlmError
 from slm.generate.plan import batches, languages
@@ -137,7 +138,7 @@ def curate(
         if removed:
             steps.insert(0, {"gate": "removed", "in": total, "rejected": removed, "out": len(judged.ids)})
         found = tally(iter_rows(path))
-        table = shares(found, contract, languages(settings))
+        table = coverage(found, contract, languages(settings))
         uneven = table[~table["verdict"].isin(["", "ok"])]
         short = [f"{line.dimension}={line.value}: {line.verdict}" for line in uneven.itertuples()]
         steps.append({"gate": "coverage", "in": kept, "rejected": 0, "out": kept, "warnings": short})

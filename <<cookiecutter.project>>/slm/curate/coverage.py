@@ -26,12 +26,7 @@ def tally(rows: Iterable[Row]) -> dict[str, Counter]:
     return found
 
 
-def coverage(rows: Iterable[Row], contract, languages: dict[str, float] | None = None):
-    """The table of shares() for rows."""
-    return shares(tally(rows), contract, languages)
-
-
-def shares(found: dict[str, Counter], contract, languages: dict[str, float] | None = None):
+def coverage(found: dict[str, Counter], contract, languages: dict[str, float] | None = None):
     """What tally() found as a table: dimension, value, rows, share, quota (share planned; empty where nothing is
     planned) and verdict: "ok", "short" (less than half of the quota), "too many easy" (over 60 % easy) or "".
     `languages`: planned shares."""

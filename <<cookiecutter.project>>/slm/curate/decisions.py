@@ -3,19 +3,18 @@
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from slm import registry
 from slm.errors import SlmError
-from slm.rows import append_jsonl, explain, iter_lines
+from slm.rows import Record, append_jsonl, explain, iter_lines
 
 FILE = "data/raw/decisions.jsonl"
 
 
-class Decision(BaseModel):
+class Decision(Record, frozen=True):
     """One person's word on one row. `answer` is the mended answer of an edit."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     id: str
     decision: Literal["accept", "reject", "edit"]
     reviewer: str = Field(min_length=1)

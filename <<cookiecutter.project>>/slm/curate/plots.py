@@ -69,12 +69,12 @@ def contradictions(records: list[dict], accepted: Iterable[Row], n: int = 5):
     return pd.DataFrame(lines, columns=["field", "similarity", "message", "answer", "like message", "its answer"])
 
 
-def figure(width: float, height: float):
-    """An empty figure of so many inches, and its axes."""
+def figure(width: float, height: float, **panels):
+    """An empty figure of so many inches, and its axes (as `Figure.subplots` takes `panels`)."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    return drawn, drawn.subplots()
+    return drawn, drawn.subplots(**panels)
 
 
 def save(drawn, path: Path) -> Path:

@@ -69,15 +69,11 @@ def hits(text: str) -> Iterator[tuple[str, int, int]]:
                 yield name, *hit.span(hit.lastindex or 0)
 
 
-def find(text: str) -> tuple[str, str] | None:
-    """(what, the matching text) of the first piece of personal data or secret, or None."""
-    return next(((name, text[start:end]) for name, start, end in hits(text)), None)
-
-
-def personal(rows: list[Row]) -> list[Verdict | None]:
-    """Refuse rows with personal data or secrets; the evidence shows only the beginning of what was found."""
-    hits = [find("\n".join(m.content for m in row.messages)) for row in rows]
-    return [hit and Verdict("personal_data", f"holds {hit[0]}", {"phrase": f"{hit[1][:4]}…"}) for hit in hits]
+def personal(row: Row) -> Verdict | None:
+    """Refuse a row with personal data or secrets; the evidence shows only the beginning of what was found."""
+    text = "\n".join(m.content for m in row.messages)
+    for name, start, end in hits(text):
+        return Verdict("personal_data", f"holds {name}", {"phrase": f"{text[start:end][:4]}…"})
 
 
 def guessed(rows: list[Row], models: dict[str, str]) -> list[Verdict | None]:

@@ -20,11 +20,6 @@ class Opinion(BaseModel):
     reason: str = ""
 
 
-def accepts(scores: dict[str, float]) -> bool:
-    """Whether a judged row passes the rule of `shortfall`."""
-    return not shortfall(scores)
-
-
 def shortfall(scores: dict[str, float]) -> str:
     """What keeps scores below the rule (26 of 35 points, correctness >= 4, format 5, safety >= 4); "" when they pass."""
     absent = [name for name in DIMENSIONS if not 1 <= scores.get(name, 0) <= 5]

@@ -3,7 +3,6 @@
 import mmap
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 from slm import registry
@@ -59,12 +58,12 @@ def join(ids: list[str], keys: list[str], links: list[tuple[str, str]]) -> list[
     return [first[part_of[key]] for key in keys]
 
 
-def split_file(settings, path: Path, links: Iterable[tuple[str, str]] = ()) -> dict:
+def split_file(settings, path: Path) -> dict:
     """Split a file of rows into train, dev_internal and test_internal beside it, lines as they stand; returns the
-    split's record. A row without a group is its own; with `curate.split_by` cluster, groups of one cluster stay together.
-    `links` are pairs of row ids that must not be parted, besides a row and its contrast (provenance.contrast_of)."""
+    split's record. A row without a group is its own; with `curate.split_by` cluster, groups of one cluster stay together;
+    a row and its contrast (provenance.contrast_of) are not parted."""
     path, cfg = Path(path), settings.curate
-    ids, keys, labels, texts, starts, links = [], [], [], [], array("q"), list(links)
+    ids, keys, labels, texts, links, starts = [], [], [], [], [], array("q")
     for row in iter_rows(path):
         ids.append(row.id)
         keys.append(row.meta.group or row.id)

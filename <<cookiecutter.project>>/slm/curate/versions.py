@@ -117,8 +117,6 @@ def reproduce(settings, version: str, run: Callable[[Path, dict], object]) -> di
     must leave data/accepted/all.jsonl there. Returns the record. Raises SlmError that names a changed input, or when
     the rows come out otherwise."""
     record = find(settings, version)
-    if "inputs" not in record:
-        raise SlmError(f"dataset {version}: recorded by an older release, without its inputs; run 04_curate.")
     settings.path(".cache").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.path(".cache"), prefix="reproduce-") as folder:
         for file, known in record["inputs"].items():

@@ -4,15 +4,8 @@ from slm.evaluate.baselines import check_sets, choose_shots, load_baselines, req
 from slm.evaluate.baselines import run_baselines, save_baselines, seed_rows, take
 from slm.evaluate.candidate import add_files, load_candidate, open_sets, run_candidate, scored_sets
 from slm.evaluate.compare import Comparison, compare_results, detectable_difference, gap_closed, paired, seeds
-from slm.evaluate.metrics import Metric, Result, evaluate, measure
+from slm.evaluate.intervals import Metric
+from slm.evaluate.metrics import Result, evaluate, measure
 from slm.evaluate.preference import Preference, add_rubric, prefer
 from slm.evaluate.release import Gate, check, failures, load_report, sign_off
 from slm.evaluate.scorers import Score, score_row
-
-__all__ = [
-    "Comparison", "Gate", "Metric", "Preference", "Result", "Score", "add_files", "add_rubric", "check", "check_sets",
-    "choose_shots", "compare_results", "detectable_difference", "evaluate", "failures", "gap_closed",
-    "load_baselines", "load_candidate", "load_report", "measure", "open_sets", "paired", "prefer", "require_baselines",
-    "run_baseline", "run_baselines", "run_candidate", "save_baselines", "score_row", "scored_sets", "seed_rows", "seeds",
-    "sign_off", "take",
-]  # fmt: skip

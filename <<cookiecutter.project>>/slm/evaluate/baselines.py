@@ -10,7 +10,7 @@ from pathlib import Path
 from slm import registry
 from slm.contract import Contract
 from slm.curate.versions import split_of
-from slm.errors import SlmError
+from slm.errors import SlmError, listed
 from slm.evaluate import classical, retrieve
 from slm.evaluate.metrics import Result, evaluate, read_results
 from slm.generate.plan import seed_rows
@@ -203,8 +203,7 @@ def require_baselines(settings) -> Path:
     folder = settings.path("outputs/eval_reports")
     files = sorted(folder.glob("*/baselines.json"), key=lambda f: (f.parent.name == settings.run_id, f.stat().st_mtime))
     for file in reversed(files):
-        found = _read(file)["key"]
-        if all(found.get(k) == v for k, v in key.items()):
+        if key.items() <= _measured_on(file).items():
             return file
     what = "no baselines yet"
     if files:
@@ -215,7 +214,7 @@ def require_baselines(settings) -> Path:
 def load_baselines(settings, contract: Contract) -> list[Result]:
     """The results of 02_baseline. Raises SlmError when they are missing or belong to another contract."""
     file = require_baselines(settings)
-    if _read(file)["key"].get("contract") != contract.schema_hash:
+    if _measured_on(file).get("contract") != contract.schema_hash:
         raise SlmError(f"{file}: measured under another contract; run 02_baseline again.")
     return read_results(file, "02_baseline")
 
@@ -230,20 +229,16 @@ def _key(settings) -> dict:
     }
 
 
-def _read(file: Path) -> dict:
+def _measured_on(file: Path) -> dict:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(record["key"], dict) and isinstance(record["results"], list):
-            return record
+        return dict(json.loads(file.read_text(encoding="utf-8"))["key"])
     except (ValueError, KeyError, TypeError):
-        pass
-    raise SlmError(f"{file}: not a baselines file; delete it and run 02_baseline again.")
+        raise SlmError(f"{file}: not a baselines file; delete it and run 02_baseline again.") from None
 
 
 def _refuse(what: str, problems: list[str]) -> None:
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise SlmError(f"{what}: {'; '.join(problems[:5])}{more}. Mend the rows, then run 02_baseline again.")
+        raise SlmError(f"{what}: {listed(problems, between='; ')}. Mend the rows, then run 02_baseline again.")
 
 
 def _source_hash(predict: Callable) -> str:

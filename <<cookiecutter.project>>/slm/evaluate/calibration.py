@@ -44,19 +44,18 @@ def ece_statistic(sure, right) -> Callable:
 
 
 def reliability(scores: Sequence, contract: Contract) -> dict:
-    """{"ece", "brier", "n", "bins": [{"low", "high", "confidence", "accuracy", "n"}]}; {} without confidences. Brier:
-    the mean squared gap between confidence and right or wrong (Brier 1950)."""
+    """{"ece", "brier", "n", "bins": [{"low", "high", "confidence", "accuracy", "n"}]} of the bins that hold
+    answers; {} without confidences. Brier: the mean squared gap between confidence and right or wrong (Brier 1950)."""
     import numpy as np
 
     sure, right = sureness(scores, contract)
     if not len(sure):
         return {}
-    empty = {"confidence": None, "accuracy": None, "n": 0}
-    found = [{"low": b / BINS, "high": (b + 1) / BINS, **empty} for b in range(BINS)]
-    for b in np.unique(bins_of(sure)):
-        here = bins_of(sure) == b
+    own, found = bins_of(sure), []
+    for b in np.unique(own).tolist():
+        here = own == b
         mean, hit = float(sure[here].mean()), float(right[here].mean())
-        found[b] |= {"confidence": mean, "accuracy": hit, "n": int(here.sum())}
+        found.append({"low": b / BINS, "high": (b + 1) / BINS, "confidence": mean, "accuracy": hit, "n": int(here.sum())})
     ece = float(ece_statistic(sure, right)(np.arange(len(sure))[None])[0])
     return {"ece": ece, "brier": float(((sure - right) ** 2).mean()), "n": len(sure), "bins": found}
 

@@ -26,12 +26,12 @@ def open_sets(settings, contract: Contract) -> dict[str, list[Row]]:
     return {name: take(settings, sets[name]) for name in names}
 
 
-def run_candidate(settings, contract: Contract, model, sets: dict[str, list[Row]], endpoint=None) -> list[Result]:
+def run_candidate(settings, contract: Contract, model, sets: dict[str, list[Row]]) -> list[Result]:
     """The model on every set with the contract's own prompt, then held to the schema where that is measured; timed on
     dev, kept for 07 and 08 in `scores.json` of the run."""
     results = []
     for name, set in [(name, set) for name in (NAME, CONSTRAINED) for set in sets]:
-        held, how = name == CONSTRAINED, {"set": set, "name": name, "latency": set == "dev", "endpoint": endpoint}
+        held, how = name == CONSTRAINED, {"set": set, "name": name, "latency": set == "dev"}
         try:
             if held and (reason := not_held(settings, set)):
                 raise SlmError(reason)

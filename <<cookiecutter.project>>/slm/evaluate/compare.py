@@ -2,22 +2,23 @@
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import computed_field
 
 from slm.contract import Contract
 from slm.errors import SlmError
-from slm.evaluate.metrics import Metric, Result, percentile, primary_statistic, resample
+from slm.evaluate.intervals import Metric, percentile, resample
+from slm.evaluate.metrics import Result, primary_statistic
 from slm.evaluate.preference import Preference
 from slm.evaluate.scorers import Score
+from slm.rows import Record
 
 FEW = 30  # below this many rows an interval that excludes zero is still no proof
 
 
-class Comparison(BaseModel):
+class Comparison(Record):
     """Candidate against baseline. `difference` is candidate minus baseline in the primary metric; `mixed`: one side's
     decoding was held to the schema, the other's not; `preference`: what a judge says of a rewriting task's answers."""
 
-    model_config = ConfigDict(extra="forbid")
     candidate: float
     baseline: float
     difference: Metric

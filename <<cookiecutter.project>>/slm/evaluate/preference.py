@@ -3,13 +3,11 @@
 import json
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
-
 from slm.contract import Contract, first_object
 from slm.errors import SlmError
-from slm.evaluate.metrics import Metric, interval
-from slm.evaluate.scorers import Score, mean_share
-from slm.rows import Row
+from slm.evaluate.intervals import Metric, interval
+from slm.evaluate.scorers import Score, row_metric
+from slm.rows import Record, Row
 
 RUBRIC = ("fidelity", "task", "clarity")
 TASK = """You judge answers to this task: {task}
@@ -28,12 +26,11 @@ or, when neither is better, {{"better": 0}}."""
 OUTCOMES = {(1, 2): "wins", (2, 1): "losses"}  # the judge's picks: the candidate stands first, then second
 
 
-class Preference(BaseModel):
+class Preference(Record):
     """Candidate against baseline by a judge that saw each pair in both orders. A row is won or lost when both orders
     agree, else tied; `win_rate` counts a tie as half. `consistency`: rows in which both orders agree; `first_rate`: the
     verdicts for the answer shown first, of those for either; `sign_p`: the exact sign test of wins against losses."""
 
-    model_config = ConfigDict(extra="forbid")
     judge: str
     wins: list[str] = []
     losses: list[str] = []
@@ -105,7 +102,7 @@ def add_rubric(settings, contract: Contract, rows: Sequence[Row], scores: Sequen
     for score in scores:
         own = given.get(score.row_id, [1])
         score.shares |= {} if None in own else {"rubric_score": (sum(own) / len(own) - 1) / 4}
-        score.value = mean_share(score.shares.get(contract.primary_metric, 0.0))
+        score.value = row_metric(score, contract.primary_metric) or 0.0
 
 
 def _task(contract: Contract, row: Row) -> str:

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from slm import registry
 from slm.contract import Contract
-from slm.errors import SlmError
+from slm.errors import SlmError, listed
 from slm.evaluate.candidate import NAME, by_set, load_candidate, scores_file
-from slm.evaluate.metrics import Metric, Result, cost_per_1k
+from slm.evaluate.intervals import Metric
+from slm.evaluate.metrics import Result, cost_per_1k
 from slm.evaluate.scorers import LOWER_IS_BETTER, Score, row_metric
-from slm.rows import iter_rows, plain, read_rows
+from slm.rows import Record, iter_rows, plain, read_rows
 
 # The metrics that gate a task type. Bounds: settings.gates, under the same names; else the contract's target.
 BY_TYPE = {
@@ -24,11 +23,10 @@ BY_TYPE = {
 SETTING = {"ece": "calibration_error"}
 
 
-class Gate(BaseModel):
+class Gate(Record):
     """One rule of the release. `rows` are the ids of the rows that count against it. A gate that was not run does not
     count as passed."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str
     rule: str
     measured: str
@@ -41,8 +39,7 @@ class Gate(BaseModel):
     @property
     def detail(self) -> str:
         """The rule, what was measured, the note, and for a failed gate the first of its rows, on one line."""
-        more = f" and {len(self.rows) - 5} more" if len(self.rows) > 5 else ""
-        named = f"rows {', '.join(self.rows[:5])}{more}" if self.rows and self.status == "fail" else ""
+        named = f"rows {listed(self.rows)}" if self.rows and self.status == "fail" else ""
         notes = "; ".join(part for part in (self.note, named) if part)
         return f"{self.rule}: {self.measured}{f' ({notes})' if notes else ''}"
 
@@ -89,7 +86,7 @@ def failed_rows(scores: Sequence[Score], contract: Contract) -> dict[str, list[s
     found = {"critical": [s.row_id for s in scores if not s.critical_ok]}
     for name in (contract.primary_metric, "schema_validity", *BY_TYPE.get(contract.task_type, ())):
         fine = (None, 0.0 if name in LOWER_IS_BETTER else 1.0)
-        found[name] = [s.row_id for s in scores if row_metric(name)(s, contract) not in fine]
+        found[name] = [s.row_id for s in scores if row_metric(s, name) not in fine]
     return found
 
 

@@ -2,5 +2,3 @@
 
 from slm.models.base import Answer, Model, Prompt, alone, base_folder, base_hash, larger, student
 from slm.models.cache import cached
-
-__all__ = ["Answer", "Model", "Prompt", "alone", "base_folder", "base_hash", "cached", "larger", "student"]

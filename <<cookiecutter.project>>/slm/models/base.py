@@ -55,13 +55,17 @@ def base_folder(settings) -> Path:
         from slm.models import embedded
 
         return embedded.folder() if base == "embedded" else embedded.tiny_folder()
-    folder = Path(base).expanduser()
-    folder = folder if folder.is_absolute() else settings.root / folder
-    if (folder / "config.json").is_file():
+    if folder := local_folder(settings):
         return folder
     if base.startswith((".", "/", "~")):
         raise SlmError(f"model.base {base}: no config.json in that folder; give a Hugging Face folder or a Hub id.")
     return _download(base, settings.model.revision or None)
+
+
+def local_folder(settings) -> Path | None:
+    """The folder that `model.base` names, or None where it is no model on this disk."""
+    folder = settings.root / Path(settings.model.base).expanduser()  # an absolute path stays as it is
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -81,19 +85,17 @@ def _download(repo: str, revision: str | None) -> Path:
 
 def base_hash(settings) -> str:
     """16 hex digits over the base's weight files, remembered beside the cache by size and time."""
-    import hashlib
     import json
 
     from slm.registry import file_hash
-    from slm.rows import write_json
+    from slm.rows import digest, write_json
 
     files = sorted(base_folder(settings).glob("*.safetensors"))
-    key = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
+    key = digest(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]), 64)
     memo = settings.path(".cache/base_hash.json")
     known = json.loads(memo.read_text()) if memo.is_file() else {}
     if key not in known:
-        digest = hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:16]
-        write_json(memo, known := {**known, key: digest})
+        write_json(memo, known := {**known, key: digest("".join(map(file_hash, files)), 16)})
     return known[key]
 
 
@@ -109,8 +111,7 @@ def larger(settings) -> Model | None:
     if settings.model.larger_gguf:
         from slm.models.llama_cpp import LlamaCppModel
 
-        file = Path(settings.model.larger_gguf).expanduser()
-        file = file if file.is_absolute() else settings.root / file
+        file = settings.root / Path(settings.model.larger_gguf).expanduser()
         return LlamaCppModel(file, context=settings.evaluate.context, slots=settings.evaluate.slots)
     if settings.model.larger.url:
         from slm.models.openai_api import OpenAIModel

@@ -6,7 +6,8 @@ from pathlib import Path
 from slm import registry
 from slm.contract import Contract
 from slm.evaluate.compare import FEW, detectable_difference, spread
-from slm.evaluate.metrics import Result, metric_names
+from slm.evaluate.metrics import Result
+from slm.evaluate.scorers import metric_names
 from slm.evaluate.release import report_file
 from slm.report import plots, tables
 from slm.report.render import fill

@@ -1,6 +1,7 @@
 """The evaluation as one record, and its files: JSON for the gates, Markdown and HTML for people, PNGs beside them."""
 
-import sys
+import platform
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from slm.report.baselines import baseline_report, columns, eval_plan, fields
 from slm.report.render import LINES, differences, nine, render, table
 from slm.rows import Row, write_json, write_text
 
+PACKAGES = ("torch", "transformers", "peft", "trl", "llama-cpp-python")  # whose versions can move a score
 __all__ = ["LINES", "baseline_report", "build", "columns", "differences", "eval_plan", "fields", "nine", "write"]
 
 
@@ -32,7 +34,7 @@ def build(
     if not any(key in tables.BASELINES for key in compared.get(headline, ())):
         raise SlmError(f"no baseline ran on {headline}; run 02_baseline first.")
     train = registry.latest(settings, "runs", stage="train", status="completed", run_id=settings.run_id)
-    shown, looks = found[headline], registry.read(settings, "looks")
+    shown, looks = found[headline], Counter(look["set"] for look in registry.read(settings, "looks"))
     mine, timed = shown[NAME], found["dev"][NAME]
     absent = Result(name="", set=headline, reason="not among the results")
     keys = ("base", "prompted_base", NAME, "larger")
@@ -53,12 +55,12 @@ def build(
             "unsafe_labels": list(contract.unsafe_labels), "issue_key": list(contract.issue_key),
         },
         "model": {"base": settings.model.base, "name": mine.model, "fingerprint": mine.fingerprint},
-        "dataset_version": train and train["parents"]["dataset"], "versions": versions(),
+        "dataset_version": train and train["parents"]["dataset"], "versions": {"python": platform.python_version(), **registry.versions(PACKAGES)},
         "sets": {
-            set: {"hash": found[set][NAME].set_hash, "n": len(found[set][NAME].scores), "looks": count(looks, set)}
+            set: {"hash": found[set][NAME].set_hash, "n": len(found[set][NAME].scores), "looks": looks[set]}
             for set in compared
         },
-        "looks_at_test": count(looks, "test"), "verdict": verdict(contract, mine, compared[headline]),
+        "looks_at_test": looks["test"], "verdict": verdict(contract, mine, compared[headline]),
         "warnings": warned, "strongest": best, "strongest_cheap": strongest(compared[headline], tables.CHEAP),
         "detectable": detectable(settings, contract, {set: len(found[set][NAME].scores) for set in compared}, train),
         "gap_closed": gap(shown, contract, settings), "seeds": seeds_line(settings, mine),
@@ -102,11 +104,6 @@ def against(found: dict[str, Result], mine: str, contract: Contract, settings) -
 def strongest(pairs: dict[str, Comparison], among: Sequence[str]) -> str | None:
     """The name of the best of some models that ran."""
     return max((key for key in among if key in pairs), default=None, key=lambda key: pairs[key].baseline)
-
-
-def count(looks: Sequence[dict], set: str) -> int:
-    """How often a set was looked at, by the registry."""
-    return sum(look["set"] == set for look in looks)
 
 
 def failures(result: Result, rows: Sequence[Row], contract: Contract) -> list[dict]:
@@ -228,12 +225,3 @@ def write(settings, contract: Contract, report: dict, candidate: Sequence[Result
         "artefacts": {str(p.relative_to(settings.root)): registry.file_hash(p) for p in files},
     })  # fmt: skip
     return files[1]
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that can move a score."""
-    from importlib import metadata
-
-    wanted = ("torch", "transformers", "peft", "trl", "llama-cpp-python")
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions()}
-    return {"python": sys.version.split()[0], **{n: installed[n] for n in wanted if n in installed}}

@@ -49,12 +49,10 @@ def render(settings, contract: Contract, report: dict, export: dict | None = Non
     )  # fmt: skip
     text = f"---\n{data.to_yaml()}\n---\n\n{_body(settings, contract, report, train, export)}"
     try:
-        back = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(text).data.eval_results}
+        ModelCard(text)
     except Exception as error:  # the library raises KeyError, ValueError and YAML errors alike
         hint = "check model.license and base"
         raise SlmError(f"model_card.md: its metadata cannot be read back ({error}); {hint}.") from None
-    if back != {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}:
-        raise SlmError("model_card.md: its results do not survive Hugging Face's reader; report this as a bug.")
     return text
 
 

@@ -3,22 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from slm.evaluate.metrics import Metric, Result
+from slm.curate.plots import figure, save
+from slm.evaluate.intervals import Metric
+from slm.evaluate.metrics import Result
 from slm.report.tables import FILES, title
 
 BLUE, GREY = "#2b6cb0", "#a0aec0"
-
-
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def _save(figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
 
 
 def _middle(label: str, length: int) -> str:
@@ -29,23 +19,21 @@ def _middle(label: str, length: int) -> str:
 def _bars(axes, names: list[str], metrics: Sequence[Metric], colors: list[str]) -> None:
     reach = [[max(0, m.value - m.low) for m in metrics], [max(0, m.high - m.value) for m in metrics]]
     ends = {"capsize": 3, "lw": 1, "ecolor": "#2d3748"}
-    axes.barh(range(len(names)), [m.value for m in metrics], color=colors, xerr=reach, error_kw=ends)
+    bars = axes.barh(range(len(names)), [m.value for m in metrics], color=colors, xerr=reach, error_kw=ends)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.19)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    for i, m in enumerate(metrics):
-        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(max(m.high, m.value) + 0.02, i, f"{m.value:.3f}", va="center", fontsize=8, bbox=behind, zorder=5)
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes.bar_label(bars, fmt="%.3f", padding=5, fontsize=8, bbox=behind, zorder=5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def models_bar(results: Sequence[Result], name: str, path: Path, target: float | None = None) -> Path:
+def models_bar(results: Sequence[Result], name: str, path: Path, target: float) -> Path:
     """One bar per model that ran: metric `name` with its interval, the target as a line. Blue: what was trained here;
     hatched: decoding held to the schema."""
     ran = [r for r in results if r.ran and name in r.metrics]
-    figure = _figure(7.5, 1.5 + 0.42 * len(ran))
-    axes = figure.add_subplot()
+    drawn, axes = figure(7.5, 1.5 + 0.42 * len(ran))
     own = [r.name.startswith("fine_tuned") or r.name in FILES for r in ran]
     names, colors = [_middle(title(r.name), 34) for r in ran], [BLUE if o else GREY for o in own]
     _bars(axes, names, [r.metrics[name] for r in ran], colors)
@@ -54,82 +42,70 @@ def models_bar(results: Sequence[Result], name: str, path: Path, target: float |
         bar.set(hatch="///", edgecolor="white")
     if held:
         held[0].set_label("decoding held to the schema")
-    if target is not None:
-        axes.axvline(target, color="#c53030", ls="--", lw=1, label=f"target {target:g}")
-    if axes.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside lower right", ncols=2, fontsize=8, frameon=False)
+    axes.axvline(target, color="#c53030", ls="--", lw=1, label=f"target {target:g}")
+    drawn.legend(loc="outside lower right", ncols=2, fontsize=8, frameon=False)
     axes.set_xlabel(f"{name} (mean over rows, 0 to 1; lines: interval)", fontsize=9)
     axes.set_ylabel("model", fontsize=9)
     axes.margins(y=0.02)
     axes.set_title(f"{name} on {ran[0].set}, n = {len(ran[0].scores)}" if ran else name, fontsize=11)
-    return _save(figure, path)
+    return save(drawn, path)
 
 
 def slices(result: Result, name: str, path: Path) -> Path:
     """Four panels: the row value by category, kind, difficulty and language, with intervals and n."""
     keys = list(result.slices)
     heights = [len(result.slices[k]) + 1.2 for k in keys]
-    figure = _figure(7, 0.5 + 0.3 * sum(heights))
-    panels = figure.subplots(len(keys), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
-    for axes, key in zip(panels, keys, strict=True):
+    drawn, panels = figure(7, 0.5 + 0.3 * sum(heights), nrows=len(keys), height_ratios=heights, squeeze=False)
+    for axes, key in zip(panels[:, 0], keys, strict=True):
         found = result.slices[key]
         names = [f"{_middle(n, 26)} (n={m.n})" for n, m in found.items()]
         _bars(axes, names, list(found.values()), [BLUE] * len(found))
         axes.set_ylabel(key, fontsize=9)
         axes.tick_params(labelsize=8)
-    figure.align_ylabels()
-    panels[-1].set_xlabel(f"{name} (mean over rows, 0 to 1; lines: interval)", fontsize=9)
-    figure.suptitle(f"{title(result.name)} on {result.set}: {name} by slice", fontsize=11)
-    return _save(figure, path)
+    drawn.align_ylabels()
+    axes.set_xlabel(f"{name} (mean over rows, 0 to 1; lines: interval)", fontsize=9)
+    drawn.suptitle(f"{title(result.name)} on {result.set}: {name} by slice", fontsize=11)
+    return save(drawn, path)
 
 
 def confusion(result: Result, path: Path) -> Path:
     """Expected labels down, given labels across, counts in the cells."""
-    names, counts = result.confusion["labels"], result.confusion["counts"]
+    import numpy as np
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    names = [_middle(name, 22) for name in result.confusion["labels"]]
     size = 2.6 + 0.46 * len(names)
-    figure = _figure(size + 0.6, size)
-    axes = figure.add_subplot()
-    image = axes.imshow(counts, cmap="Blues", vmin=0)
-    short = [_middle(n, 22) for n in names]
-    axes.set_xticks(range(len(names)), short, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set_yticks(range(len(names)), short, fontsize=8)
-    top = max(map(max, counts)) or 1
-    for i, line in enumerate(counts):
-        for j, count in enumerate(line):
-            color = "white" if count > top / 2 else "black"
-            axes.text(j, i, count or "", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xlabel("given label")
-    axes.set_ylabel("expected label")
+    drawn, axes = figure(size + 0.6, size)
+    shown = ConfusionMatrixDisplay(np.array(result.confusion["counts"]), display_labels=names)
+    shown.plot(ax=axes, cmap="Blues", values_format="d", text_kw={"fontsize": 8}, im_kw={"vmin": 0}, colorbar=False)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set(xlabel="given label", ylabel="expected label")
     axes.set_title(f"{title(result.name)}\non {result.set}, number of rows", fontsize=10)
-    figure.colorbar(image, ax=axes, label="rows", shrink=0.7)
-    return _save(figure, path)
+    drawn.colorbar(shown.im_, ax=axes, label="rows", shrink=0.7)
+    return save(drawn, path)
 
 
 def reliability(result: Result, path: Path) -> Path:
     """Share of right labels against the model's own confidence, bin by bin, and how many rows each bin holds."""
     found = result.calibration
     bins = [b for b in found["bins"] if b["n"]]
-    figure = _figure(5.4, 5.6)
-    top, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    drawn, (top, below) = figure(5.4, 5.6, nrows=2, sharex=True, height_ratios=[3, 1])
     middle, width = [(b["low"] + b["high"]) / 2 for b in bins], [0.9 * (b["high"] - b["low"]) for b in bins]
     sure, right = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
     top.plot([0, 1], [0, 1], color="#2d3748", ls="--", lw=1, label="perfectly calibrated")
     top.bar(middle, right, width, color=GREY, label="share right in the bin")
     top.plot(sure, right, "o", color=BLUE, label="at its mean confidence")
     top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share of right labels (0 to 1)")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    for bar in below.bar(middle, [b["n"] for b in bins], width, color=BLUE):
-        below.annotate(
-            f"{bar.get_height():.0f}", (bar.get_x() + bar.get_width() / 2, bar.get_height()), (0, 2),
-            textcoords="offset points", ha="center", fontsize=8,
-        )  # fmt: skip
+    drawn.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    below.bar_label(below.bar(middle, [b["n"] for b in bins], width, color=BLUE), padding=2, fontsize=8)
     below.margins(y=0.3)
     below.set(xlabel="confidence in the label (probability, 0 to 1)", ylabel="rows")
     for axes in (top, below):
         axes.spines[["top", "right"]].set_visible(False)
     text = f"{title(result.name)} on {result.set}, n = {found['n']}: ECE {found['ece']:.3f}, Brier {found['brier']:.3f}"
-    figure.suptitle(text, fontsize=10)
-    return _save(figure, path)
+    drawn.suptitle(text, fontsize=10)
+    return save(drawn, path)
 
 
 def break_even(found: dict, path: Path) -> Path:
@@ -147,8 +123,8 @@ def break_even(found: dict, path: Path) -> Path:
     months = np.where(gain > 0, found["spent"] / np.maximum(gain, 1e-9), np.inf)
     shades = {"within a month": "#1c4f82", "within 3 months": BLUE, "within a year": "#6ba3d6",
               "within 3 years": "#a9cbe8", "later": "#dbe9f5", "never": GREY}  # fmt: skip
-    figure = _figure(7, 4.4)
-    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="requests per month")
+    drawn, axes = figure(7, 4.4)
+    axes.set(xscale="log", yscale="log", xlabel="requests per month")
     area = np.digitize(months, [1, 3, 12, 36, 1e9], right=True)
     axes.pcolormesh(requests, prices, area, cmap=ListedColormap(list(shades.values())), vmin=-0.5, vmax=5.5)
     for name, shade in shades.items():
@@ -156,7 +132,7 @@ def break_even(found: dict, path: Path) -> Path:
     if other["per request"]:
         axes.plot(here, price, "o", color="#c53030", mec="white", ms=9, label="this project")
     axes.set_ylabel(f"price of the alternative, {found['currency']} per 1M tokens")
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="paid back")
+    drawn.legend(loc="outside right upper", fontsize=8, frameon=False, title="paid back")
     upkeep = "not said, taken as 0" if found["maintenance"] is None else f"{found['maintenance']:,.0f} a month"
     axes.set_title(f"{found['spent']:,.2f} {found['currency']} spent, maintenance {upkeep}", fontsize=10)
-    return _save(figure, path)
+    return save(drawn, path)

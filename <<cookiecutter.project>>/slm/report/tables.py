@@ -5,7 +5,9 @@ import re
 from collections.abc import Sequence
 
 from slm.contract import Contract
-from slm.evaluate.metrics import Metric, Result
+from slm.errors import listed
+from slm.evaluate.intervals import Metric
+from slm.evaluate.metrics import Result
 from slm.evaluate.release import Gate
 from slm.rows import Row
 
@@ -101,16 +103,9 @@ def comparisons(found: dict[str, dict]) -> list[dict]:
 
 def gates(found: Sequence[Gate]) -> list[dict]:
     """One line per release gate; of the rows that failed it the first ten."""
-
-    def named(g: Gate) -> str:
-        more = f" and {len(g.rows) - 10} more" if len(g.rows) > 10 else ""
-        return ", ".join(g.rows[:10]) + more if g.status == "fail" else ""
-
     return [
-        {
-            "gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.note,
-            "rows": named(g),
-        } for g in found
+        {"gate": g.name, "rule": g.rule, "measured": g.measured, "status": g.status, "note": g.note,
+         "rows": listed(g.rows, 10) if g.status == "fail" else ""} for g in found
     ]  # fmt: skip
 
 

@@ -3,5 +3,3 @@
 from slm.scope.decide import Decision, decide, facts
 from slm.scope.shortlist import longest_row, shortlist
 from slm.scope.spec import require, task_text, write_spec
-
-__all__ = ["Decision", "decide", "facts", "longest_row", "require", "shortlist", "task_text", "write_spec"]

@@ -2,9 +2,9 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from slm.curate.tokens import token_counter
+from slm.models.base import local_folder
 from slm.registry import SETS
 from slm.report.tables import frame
 from slm.rows import read_rows
@@ -71,7 +71,7 @@ def longest_row(settings, contract) -> dict:
     texts = [contract.messages(row) for _, row in rows]
     sizes = [sum(len(m["content"].encode()) for m in messages) + 64 for messages in texts]
     # A Hub model's tokenizer is downloaded by 02, not here.
-    counted = settings.model.base in ("embedded", "tiny") or _local(settings)
+    counted = settings.model.base in ("embedded", "tiny") or local_folder(settings)
     lengths = token_counter(settings)(texts) if counted else None
     chosen = max(range(len(rows)), key=lambda n: (lengths or sizes)[n])
     file, row = rows[chosen]
@@ -104,7 +104,7 @@ def base_facts(settings) -> Base:
         return listed
     if name == "tiny":
         return Base("tiny", "apache-2.0", 0.0, 8192, "random weights: it proves that the parts work and learns nothing")
-    folder = _local(settings)
+    folder = local_folder(settings)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
     note = "not in the template's list: check licence, size and template"
     return Base(name, settings.model.license, 0.0, config.get("max_position_embeddings", 0), note)
@@ -117,10 +117,3 @@ def _fits(settings, base: Base, longest: dict, own: bool) -> str:
     if longest["most"] <= room:
         return f"fits: at most {longest['most']} of {room} tokens"
     return "not measured: its tokenizer is not on this disk"
-
-
-def _local(settings) -> Path | None:
-    """The folder of a base that needs no download, or None."""
-    folder = Path(settings.model.base).expanduser()
-    folder = folder if folder.is_absolute() else settings.root / folder
-    return folder if (folder / "config.json").is_file() else None

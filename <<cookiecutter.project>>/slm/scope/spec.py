@@ -4,18 +4,12 @@ from pathlib import Path
 
 from slm.contract import Contract
 from slm.errors import SlmError
+from slm.evaluate.scorers import COMMON, metric_names
 from slm.generate.plan import shapes
-from slm.report.tables import markdown
 from slm.rows import write_json, write_text
 
 BRIEF = ("goal", "inputs", "non_goals", "failure_modes", "deployment_target", "cost_and_latency")
 HIGH_STAKES = ("medic", "health", "clinic", "legal", "law", "financ", "credit", "insurance", "employ", "hiring", "safety")
-METRICS = {
-    "extraction": "exact match, accuracy per field, schema validity",
-    "json_generation": "parse rate, schema validity, accuracy per field",
-    "tool_calling": "tool accuracy, required-argument accuracy, argument F1, parse rate, unsafe calls",
-    "classification": "accuracy, macro-F1, confusion matrix, false positives and negatives",
-}
 
 
 def require(settings, contract) -> None:
@@ -60,7 +54,7 @@ def output_text(contract: Contract) -> str:
     null = f"\n`{contract.label_field}: {contract.null_label}` says that there is nothing to do."
     null = null if contract.null_label else ""
     if len(found) > 1:
-        return f"{one}, of one of these shapes:\n\n{markdown([_shape(shape, definitions) for shape in found])}{null}"
+        return f"{one}, of one of these shapes (`?`: may be left out):\n\n```text\n{contract.outline}\n```\n{null}"
     table, notes = f"{one}:\n\n| field | holds | |\n|---|---|---|\n", ""
     for name, node in found[0]["properties"].items():
         holds = _holds(node, definitions).replace("|", "\\|")
@@ -74,7 +68,7 @@ def metrics_text(contract: Contract) -> str:
     critical = ", ".join(f"`{name}`" for name in contract.critical) or "none"
     return (
         f"* Primary: `{contract.primary_metric}`, target {contract.target:g}, with its 95 % interval.\n"
-        f"* Beside it: {METRICS.get(contract.task_type, 'exact match, schema validity')}; latency and cost.\n"
+        f"* Beside it: {', '.join(n for n in metric_names(contract)[1:] if n not in COMMON)}; latency and cost.\n"
         f"* Critical fields: {critical}. A golden row with one of them wrong stops a release.\n"
         "* To beat: majority, the rule program, the base model, the base model with a good prompt, a larger model."
     )
@@ -87,23 +81,6 @@ def write_spec(settings, contract: Contract) -> list[Path]:
         write_text(settings.path("task.md"), task_text(settings, contract)),
         write_json(settings.path("specs/output_schema.json"), contract.schema),
     ]
-
-
-def _shape(shape: dict, definitions: dict) -> dict[str, str]:
-    """A union's member: its constants, required and optional parts; nested objects one level deep."""
-    names, parts = [], {True: [], False: []}
-    for name, node in shape["properties"].items():
-        if "const" in node:
-            names.append(f"`{name}: {node['const']}`")
-            continue
-        inner = definitions[node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
-        if inner.get("type") == "object":
-            for key, value in inner.get("properties", {}).items():
-                parts[key in inner.get("required", [])].append(f"`{key}` ({_holds(value, definitions)})")
-        else:
-            parts[name in shape.get("required", [])].append(f"`{name}` ({_holds(node, definitions)})")
-    required, optional = (", ".join(parts[needed]) or "-" for needed in (True, False))
-    return {"shape": ", ".join(names), "required": required, "optional": optional}
 
 
 def _holds(node: dict, definitions: dict) -> str:

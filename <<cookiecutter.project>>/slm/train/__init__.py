@@ -3,8 +3,3 @@
 from slm.train.encode import Example, encode, load_tokenizer, preview, stop_ids
 from slm.train.recipe import estimate, import_trainer, in_force, lora_arguments, recipe_hash, sft_arguments
 from slm.train.sft import train, training_rows
-
-__all__ = [
-    "Example", "encode", "estimate", "import_trainer", "in_force", "load_tokenizer", "lora_arguments", "preview", "recipe_hash",
-    "sft_arguments", "stop_ids", "train", "training_rows",
-]  # fmt: skip

@@ -1,8 +1,6 @@
 """What is watched while training: the task metric, numbers gone wrong, the trackers' local homes, log and loss curve."""
 
-import csv
 import importlib
-import io
 import math
 import os
 import time
@@ -13,6 +11,7 @@ from slm.errors import SlmError
 from slm.evaluate.scorers import prompt_messages, score_row
 from slm.models import Answer
 from slm.rows import write_text
+from slm.settings import flatten
 from slm.train.encode import render
 
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "eval_task", "eval_task_rows", "learning_rate", "grad_norm",
@@ -59,7 +58,8 @@ def track(settings, record: dict, name: str):
 
     project, dead, code = settings.project.name, [], 1
     paths = {"config": "outputs/adapters/{}/settings.yaml", "report": "outputs/eval_reports/{}/eval_report.md"}
-    config = flat(record | {name: path.format(settings.run_id) for name, path in paths.items()})
+    known = record | {name: path.format(settings.run_id) for name, path in paths.items()}
+    config = {name: str(value) for name, value in flatten(known).items()}
     try:
         api = importlib.import_module(settings.tracker)
         if settings.tracker == "mlflow":
@@ -91,12 +91,6 @@ def track(settings, record: dict, name: str):
         code = 0
     finally:
         send(end, code)
-
-
-def flat(tree: dict, stem: str = "") -> dict[str, str]:
-    """{"parents": {"base": "tiny"}} -> {"parents.base": "tiny"}."""
-    parts = (flat(v, f"{stem}{k}.") if isinstance(v, dict) else {f"{stem}{k}": str(v)} for k, v in tree.items())
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def watch(enough: float = 0.0):
@@ -195,12 +189,11 @@ def general_loss(model, tokenizer) -> float:
 
 def write_log(history: list[dict], path: Path) -> Path:
     """The trainer's log history as CSV, one line per logged step; empty where a step has no such value."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    import pandas as pd
+
     logged = (entry for entry in history if {"loss", "eval_loss", "eval_task"} & entry.keys())
-    writer.writerows({"mean_token_accuracy": entry.get("eval_mean_token_accuracy"), **entry} for entry in logged)
-    return write_text(path, text.getvalue())
+    lines = [{"mean_token_accuracy": entry.get("eval_mean_token_accuracy"), **entry} for entry in logged]
+    return write_text(path, pd.DataFrame(lines, columns=COLUMNS, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def plot_loss(history: list[dict], path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from slm.errors import SlmError
+from slm.errors import SlmError, listed
 from slm.models import base_folder
 
 DATE = "26 Jul 2024"  # what Llama 3's own template falls back to
@@ -104,5 +104,4 @@ def preview(rows, examples: list[Example], contract, tokenizer, stops: set[int],
 
 def _refuse(ids: list[str], problem: str) -> None:
     if ids:
-        more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-        raise SlmError(f"{len(ids)} rows ({', '.join(ids[:5])}{more}): {problem}.")
+        raise SlmError(f"{len(ids)} rows ({listed(ids)}): {problem}.")

@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from slm import cost, registry
@@ -21,17 +19,8 @@ from slm.rows import Row, digest, read_rows, write_json, write_text
 from slm.train.callbacks import general_loss, plot_loss, task_metric, track, watch, write_log
 from slm.train.cpu import patch_trl
 from slm.train.encode import Example, encode, load_tokenizer, preview, stop_ids
-from slm.train.recipe import (
-    PATIENCE,
-    check_room,
-    estimate,
-    halved,
-    import_trainer,
-    in_force,
-    processes,
-    recipe_hash,
-    sft_arguments,
-)
+from slm.train.recipe import PATIENCE, check_room, estimate, halved, import_trainer, in_force, processes
+from slm.train.recipe import recipe_hash, sft_arguments
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo")
 
@@ -249,8 +238,8 @@ def _metrics(state, seconds: float) -> dict:
 
 def _book(settings, seconds: float, record: dict) -> float:
     """The hours of every process that trained, a failed run's too, in the ledger; returns the money."""
-    hours = seconds / 3600 * int(os.environ.get("WORLD_SIZE", "1"))
-    return cost.add_hours(settings, "gpu_training_cost", hours, device=record.get("device", ""))["money"]
+    hours, device = seconds / 3600 * processes(), record.get("device", "")
+    return cost.add_hours(settings, "gpu_training_cost", hours, device=device)["money"]
 
 
 def head(settings) -> dict:
@@ -273,7 +262,7 @@ def _facts(settings, contract, tokenizer) -> dict:
     return head(settings) | {
         "recipe_hash": recipe_hash(settings, processes=processes(), **facts),
         "parents": {"dataset": known[-1]["version"] if known else None, "base": settings.model.base, **facts},
-        "commit": commit.stdout.strip() or None, "packages": {name: _version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() or None, "packages": registry.versions(PACKAGES),
         "seeds": {"train": settings.train.seed, "split": settings.curate.seed}, "device": in_force(settings)["device"],
         "recipe": settings.train.model_dump(),
     }  # fmt: skip
@@ -288,8 +277,3 @@ def _say(text: str) -> None:
     """Print, once for all processes."""
     if _first_process():
         print(text, flush=True)
-
-
-def _version(package: str) -> str | None:
-    with suppress(PackageNotFoundError):
-        return version(package)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from slm import registry, runner
 from slm.cluster import connect
@@ -20,18 +20,17 @@ from slm.errors import SlmError
 from slm.evaluate import Metric, load_candidate, seeds
 from slm.evaluate.candidate import NAME
 from slm.report.tables import markdown
-from slm.rows import digest, explain, write_text
+from slm.rows import Record, digest, explain, write_text
 from slm.settings import load_settings
 
 SHORT = {"base": "model.base", "rank": "train.lora_rank", "learning_rate": "train.learning_rate", "data": "train.dataset",
          "seed": "train.seed"}  # fmt: skip
 
 
-class Sweep(BaseModel):
+class Sweep(Record):
     """grid.yaml: `grid` lists the values of each setting (a dotted name, or one of SHORT), `settings` hold for every
     cell. `workers` cells run at once here; on Ray each takes so many `cpus` and `gpus`."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,40}$")
     profile: str = "default"
     stages: list[str] = ["05-06"]
