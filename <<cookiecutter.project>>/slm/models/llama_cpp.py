@@ -23,14 +23,16 @@ class LlamaCppModel:
             raise SlmError(f"{file}: there is no such GGUF file.")
         import llama_cpp
 
-        self._before = resident_mb()
+        before = resident_mb()
         try:  # its own context stays unused: Sequences makes one for as many sequences as are needed
             self.llama = llama_cpp.Llama(
                 str(file), n_ctx=CELLS, n_threads=threads, n_threads_batch=threads, verbose=False, seed=0
             )
         except ValueError as error:
             raise SlmError(f"{file}: llama.cpp cannot load it ({error}); make it again with 08_export.") from None
-        self.name, self.file, self.memory_mb, self._grammars = file.stem, file, None, {}
+        self.name, self.file, self._grammars = file.stem, file, {}
+        # Megabytes that a lone request takes, known after the first one; those held now; answers guessed by prompt ids.
+        self.memory_mb, self._mb, self._guesses = None, resident_mb() - before, {}
         self._context, self._penalty = context, repeat_penalty
         self._sequences = Sequences(self.llama, slots, repeat_penalty)
         self.fingerprint = f"llama.cpp2 {llama_cpp.__version__} {file_hash(file)[:16]} ctx{context} rp{repeat_penalty}"
@@ -46,6 +48,10 @@ class LlamaCppModel:
     def answer_text(self, text: str | list[int], max_tokens: int) -> Answer:
         """Complete one rendered prompt. Text is tokenized here with special tokens parsed and no BOS added."""
         return self.answer_ids([self.tokenize(text) if isinstance(text, str) else text], max_tokens)[0]
+
+    def guess(self, chats: list[list[dict]], texts: list[str]) -> None:
+        """Likely answers to these messages, another model's: where they are right, many prompts are answered sooner."""
+        self._guesses = {tuple(self.tokenize(chat)): self.tokenize(text) for chat, text in zip(chats, texts, strict=True)}
 
     def logits(self, ids: list[int], places: list[int]):
         """Logits of the token that follows each of `places` (ascending): an array (places, vocabulary)."""
@@ -79,8 +85,13 @@ class LlamaCppModel:
     def _run(self, asked: list[tuple[list[int], list[str], Prompt]]) -> list[Answer]:
         import llama_cpp
 
-        jobs = [self._job(*one) for one in asked]
+        before, jobs = resident_mb(), [self._job(*one) for one in asked]
         fitting = [job for job in jobs if job.limit > 0]
+        if first := len(fitting) == 1 and self.memory_mb is None:
+            self._sequences.close()  # without the memory of many
+        elif len(fitting) > 1:
+            for job in fitting:
+                job.guess = self._guesses.get(tuple(job.ids), [])[: job.limit]
         try:
             if fitting:
                 with tqdm(total=len(fitting), desc=self.name, leave=False, mininterval=1) as bar:
@@ -89,8 +100,8 @@ class LlamaCppModel:
             for job in jobs:
                 if job.grammar:
                     llama_cpp.llama_sampler_free(job.grammar)
-        if fitting and self.memory_mb is None:
-            self.memory_mb = max(0.0, resident_mb() - self._before)
+        self._mb += resident_mb() - before
+        self.memory_mb = max(0.0, self._mb) if first else self.memory_mb
         return [self._answer(job, len(fitting) == 1) for job in jobs]
 
     def _job(self, ids: list[int], stop: list[str], prompt: Prompt) -> Job:

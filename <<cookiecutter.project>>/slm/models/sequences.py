@@ -10,17 +10,20 @@ from slm.models.base import common_prefix
 
 BATCH, UBATCH, CELLS = 2048, 512, 256  # tokens handed over at once, computed at once; memory is taken in such steps
 LAST_N = 64  # generated tokens that the repeat penalty looks back on, as llama-cpp-python does
+GUESS = 64  # tokens of a guess that are checked at once
 
 
 @dataclass
 class Job:
-    """A prompt in token ids and what becomes of it. `sampler` chooses instead of the greedy rule, `grammar` binds it."""
+    """A prompt in token ids and what becomes of it. `sampler` chooses instead of the greedy rule, `grammar` binds it. A
+    `guess` at the answer saves time where it is right, and changes no answer."""
 
     ids: list[int]
     limit: int
     stop: list[bytes] = field(default_factory=list)
     grammar: object = None
     sampler: object = None
+    guess: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     found: list[tuple[bytes, float]] = field(default_factory=list)
     past: int = 0
@@ -48,6 +51,8 @@ class Sequences:
 
         self._api, self._llama, self._penalty, self._texts = llama_cpp, llama, repeat_penalty, {}
         self._slots = min(slots, llama_cpp.llama_max_parallel_sequences() - 1)
+        weights = llama._model.model
+        self._rewinds = not (llama_cpp.llama_model_is_recurrent(weights) or llama_cpp.llama_model_is_hybrid(weights))
         self._context, self._held, self._size = None, [], (0, 0)
 
     def close(self) -> None:
@@ -73,6 +78,7 @@ class Sequences:
                 if slot:
                     self._copy(0, slot)
                 self._step(job, *self._read(slot, len(self._held), job.ids[len(self._held) :]))
+                self._follow(slot, job)
                 self._leave(active, free, on_done)
             while active and not queue and (top := max(active)) > (hole := min(free, default=top)):
                 self._copy(top, hole)  # neighbours are computed in one go: the last ones move together
@@ -140,6 +146,17 @@ class Sequences:
             last = len(part) - 1 if wanted and start + BATCH >= len(tokens) else -1
             logits = self._decode([(slot, past + start + n, token, n == last) for n, token in enumerate(part)])
         return (logits[0], last) if wanted else None
+
+    def _follow(self, slot: int, job: Job) -> None:
+        """Read the guess in one go, as far as the job chooses the same tokens; what it does not choose is forgotten."""
+        while self._rewinds and not job.finish and job.tokens == job.guess[: len(job.tokens)]:
+            part = job.guess[len(job.tokens) - 1 :][:GUESS]
+            for place, logits in enumerate(self._decode([(slot, job.past + n, token, True) for n, token in enumerate(part)])):
+                job.past += 1
+                self._step(job, logits, place)
+                if job.finish or job.tokens != job.guess[: len(job.tokens)]:
+                    break
+            self._api.llama_memory_seq_rm(self._context.memory, slot, job.past, -1)
 
     def _decode(self, parts: list[tuple[int, int, int, bool]]):
         """Compute (sequence, position, token, whether its logits are wanted); returns those, (wanted, vocabulary)."""
