@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 from slm.contract import Contract
 from slm.errors import SlmError
@@ -11,7 +12,7 @@ from slm.evaluate.scorers import answer_rows, prompt_messages
 from slm.export.logits import MERGED, LogitProof
 from slm.export.merge import adapter_folder
 from slm.export.quantize import GgufFile
-from slm.models import cached, student
+from slm.models import Prompt, cached, student
 from slm.models.llama_cpp import LlamaCppModel
 from slm.registry import check_locked
 from slm.rows import Row, read_rows
@@ -123,15 +124,23 @@ def score_files(
 def score_paths(
     settings, contract: Contract, rows: Sequence[Row], f16: GgufFile, merged, guess: Sequence[Score] = ()
 ) -> list[Scored]:  # fmt: skip
-    """The f16 file without a repeat penalty in three ways: token ids (A), rendered text (B), messages (C)."""
+    """The f16 file without a repeat penalty in three ways: token ids (A), rendered text (B), messages (C). Answers that
+    the shipped penalty leaves as they are need no second asking: they are kept for `score_files`."""
     from transformers import AutoTokenizer
 
     tokenizer, known = AutoTokenizer.from_pretrained(merged), {}
-    model = LlamaCppModel(f16.path, context=settings.export.context, repeat_penalty=1.0)
+    model = LlamaCppModel(f16.path, context=settings.export.context, other_penalty=settings.export.repeat_penalty)
     try:
         _guess(model, contract, rows, guess)
         ways = [(RenderedPrompts(model, tokenizer, way, known), way) for way in (IDS, TEXT, MESSAGES)]
-        return [_score(settings, contract, rows, asked, f16.quant, way, 1.0, f16) for asked, way in ways]
+        found = [_score(settings, contract, rows, asked, f16.quant, way, 1.0, f16) for asked, way in ways]
+        same = model.others([Prompt(prompt_messages(contract, row), settings.evaluate.max_new_tokens) for row in rows])
+        answers = {id(prompt): answer for prompt, answer in same}
+        shipped = SimpleNamespace(
+            name=model.name, fingerprint=model.other_fingerprint, answer=lambda prompts: [answers[id(p)] for p in prompts]
+        )  # fmt: skip
+        cached(shipped, settings).answer([prompt for prompt, _ in same])
+        return found
     finally:
         model.close()
 

@@ -16,7 +16,7 @@ GUESS = 64  # tokens of a guess that are checked at once
 @dataclass
 class Job:
     """A prompt in token ids and what becomes of it. `sampler` chooses instead of the greedy rule, `grammar` binds it. A
-    `guess` at the answer saves time where it is right, and changes no answer."""
+    `guess` at the answer saves time where it is right; `other` is a repeat penalty, None once it would choose otherwise."""
 
     ids: list[int]
     limit: int
@@ -27,6 +27,7 @@ class Job:
     tokens: list[int] = field(default_factory=list)
     found: list[tuple[bytes, float]] = field(default_factory=list)
     past: int = 0
+    other: float | None = None
     finish: str = ""
     begin: float = 0.0
     first_s: float = 0.0
@@ -175,7 +176,9 @@ class Sequences:
         """Choose the next token of a job from its logits, those of token `place` of the batch."""
         import numpy as np
 
-        token = job.sampler.sample(self._context, place) if job.sampler else self._greedy(job, logits)
+        token = job.sampler.sample(self._context, place) if job.sampler else self._greedy(job, logits, self._penalty)
+        if job.other and self._greedy(job, logits, job.other) != token:
+            job.other = None
         job.first_s = job.first_s or time.perf_counter() - job.begin
         if token is None or self._api.llama_vocab_is_eog(self._llama._model.vocab, token):
             job.finish = "error" if token is None else "stop"
@@ -191,13 +194,13 @@ class Sequences:
         elif len(job.tokens) >= job.limit:
             job.finish = "length"
 
-    def _greedy(self, job: Job, logits) -> int | None:
+    def _greedy(self, job: Job, logits, penalty: float) -> int | None:
         """The likeliest token after the repeat penalty that the grammar allows; None when it allows none."""
         import numpy as np
 
-        if self._penalty != 1.0 and job.tokens:
+        if penalty != 1.0 and job.tokens:
             seen, logits = list(set(job.tokens[-LAST_N:])), logits.copy()
-            logits[seen] = np.where(logits[seen] <= 0, logits[seen] * self._penalty, logits[seen] / self._penalty)
+            logits[seen] = np.where(logits[seen] <= 0, logits[seen] * penalty, logits[seen] / penalty)
         if not job.grammar:
             return int(logits.argmax())
         for most in (1, 64, len(logits)):  # the grammar is slow: it judges all tokens only where it refused the best
