@@ -419,6 +419,29 @@ def test_three_paths_through_the_f16_file_agree(scored):
     assert all(s.completion_tokens for s in ids.scores)
 
 
+def test_only_what_the_shipped_penalty_changes_is_asked_again(project, tmp_path, monkeypatch):
+    """Guards against an answer without the penalty that is taken for one with it, and against asking all rows twice."""
+    from slm.export import parity
+    from slm.models.sequences import Sequences
+
+    asked, run = [], Sequences.run
+    monkeypatch.setattr(Sequences, "run", lambda self, jobs, *rest: asked.append(len(jobs)) or run(self, jobs, *rest))
+    settings, merged, files = project
+    for penalty in (1.0001, 3.0):
+        export = settings.export.model_copy(update={"repeat_penalty": penalty})
+        settings = settings.model_copy(update={"export": export})
+        settings._root = tmp_path / str(penalty)  # an empty answer cache
+        free = parity.score_paths(settings, CONTRACT, ROWS, files[0], merged)[2].scores
+        asked.clear()
+        shipped = parity.score_files(settings, CONTRACT, ROWS, files[:1])[0].scores
+        changed = sum(a.text != b.text for a, b in zip(free, shipped, strict=True))
+        assert sum(asked[: -len(ROWS) - 1]) == changed  # the last ones are timed
+        assert changed == 0 if penalty < 2 else changed > 0
+        settings._root = tmp_path / f"{penalty} alone"
+        alone = parity.score_files(settings, CONTRACT, ROWS, files[:1])[0].scores
+        assert [s.text for s in alone] == [s.text for s in shipped]
+
+
 def fake(way="messages", exact=10, endless=0, name="f16", size=100.0, n=10):
     """`n` scored rows of which `exact` are right; just what the rules look at."""
     from slm.evaluate import Score

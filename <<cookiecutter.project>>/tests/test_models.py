@@ -179,7 +179,55 @@ def test_sequences_decoded_together_answer_as_one_by_one(runtime, plain):
     assert [(a.prompt_tokens, a.completion_tokens, a.finish_reason) for a in together] == [
         (a["prompt_tokens"], a["completion_tokens"], a["finish_reason"]) for a in alone_
     ]
-    assert len({a.text for a in together}) == len(prompts) and runtime.memory_mb > 0
+    assert len({a.text for a in together}) == len(prompts)
+
+
+def test_a_guess_changes_no_answer_and_spares_decoding(runtime, monkeypatch):
+    """Guards against a wrong guess that is taken for the answer or stays in memory, and against one that is never read."""
+    from slm.models.sequences import Sequences
+
+    steps, decode = [], Sequences._decode
+    monkeypatch.setattr(Sequences, "_decode", lambda self, parts: steps.append(len(parts)) or decode(self, parts))
+
+    def ask(guesses):
+        runtime.guess([p.messages for p in prompts], guesses)
+        steps.clear()
+        return runtime.answer(prompts), len(steps)
+
+    prompts = [prompt(text, 10 + n) for n, text in enumerate(QUESTIONS) if "Paris" not in text]  # there two tokens are near
+    plain, usual = ask([""] * len(prompts))
+    texts = [a.text for a in plain]
+    halves = [f"{text[: len(text) // 2]} and something else, which goes on for longer than any answer may be" for text in texts]
+    for guesses, most in ((texts, usual - 3), (halves, 2 * usual), (texts[::-1], 2 * usual), ([t + t for t in texts], usual - 3)):
+        found, took = ask(guesses)
+        assert [(a.text, a.finish_reason, a.completion_tokens) for a in found] == [
+            (a.text, a.finish_reason, a.completion_tokens) for a in plain
+        ]
+        assert [log for a in found for _, log in a.pieces] == pytest.approx([log for a in plain for _, log in a.pieces], abs=0.2)
+        assert took <= most, (took, usual)
+    runtime.guess([prompts[-1].messages], texts[-1:])
+    steps.clear()
+    assert runtime.answer(prompts[-1:])[0].text == texts[-1]
+    assert steps[1:] == [1] * (plain[-1].completion_tokens - (plain[-1].finish_reason == "length"))  # a lone one is timed
+    runtime.guess([], [])
+
+
+def test_memory_is_that_of_a_lone_request_whatever_came_before():
+    """Guards against a table in which one file's memory is that of sixteen conversations and another's that of one."""
+    pytest.importorskip("llama_cpp")
+    from slm.models.embedded import gguf_file
+    from slm.models.llama_cpp import LlamaCppModel
+
+    found = []
+    for before in ([], [], [prompt(text, 2) for text in QUESTIONS]):  # the first fills what the process keeps
+        model = LlamaCppModel(gguf_file(), threads=1)
+        if before:
+            model.answer(before)
+            assert model.memory_mb is None
+        model.answer([prompt("Say hello.", 2)])
+        found.append(model.memory_mb)
+        model.close()
+    assert 80 < found[1] and abs(found[1] - found[2]) < 20, found
 
 
 def test_a_lone_prompt_after_another_starts_from_what_they_share(runtime):

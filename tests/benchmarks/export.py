@@ -36,7 +36,7 @@ def stage(name: str, project: Path, run: str, profile: str) -> dict:
     import llama_cpp  # noqa: F401
     import peft  # noqa: F401
     import torch
-    from slm.evaluate import take
+    from slm.evaluate import load_candidate, take
     from slm.export import logits, merge, parity, quantize, tokens
     from slm.rows import read_rows
     from slm.settings import load_settings
@@ -65,7 +65,10 @@ def stage(name: str, project: Path, run: str, profile: str) -> dict:
         weights = importance(settings, contract, paths[0], merged)
         took = round(time.perf_counter() - begin, 1)
         aware = [quantize.quantize(paths[0], project / f"aware-{quant}.gguf", quant, weights) for quant in QUANTS[2:]]
-        found = {"seconds": took, "tensors": len(weights), **near(logits, contract, [*golden, *dev], merged, paths, aware)}
+        made = [quantize.GgufFile(quant, path, 0.0, {}) for quant, path in zip(QUANTS[2:], aware, strict=True)]
+        exact = {one.name: f"{one.exact}/{len(one.scores)}" for one in parity.score_files(settings, contract, golden, made, dev)}
+        found = {"seconds": took, "tensors": len(weights), "exact": exact,
+                 **near(logits, contract, [*golden, *dev], merged, paths, aware)}  # fmt: skip
     elif name == "unsloth":
         own = {"adapter": merge.adapter_folder(settings), "base": merge.base_folder(settings)}
         made = quantize.convert(merged, project / "unsloth-f16.gguf", **own)
@@ -74,8 +77,9 @@ def stage(name: str, project: Path, run: str, profile: str) -> dict:
         found = {"seconds": took, "prompts": tokens.prove_tokens(merged, made, chats).prompts,
                  **near(logits, contract, golden[:8], merged, paths[:1], [made])}  # fmt: skip
     else:
-        ways = parity.score_paths(settings, contract, [*golden, *dev], files[0], merged)
-        shipped = parity.score_files(settings, contract, golden, files, dev)
+        known = [score for result in load_candidate(settings, run) for score in result.scores]
+        ways = parity.score_paths(settings, contract, [*golden, *dev], files[0], merged, known)
+        shipped = parity.score_files(settings, contract, golden, files, dev, ways[0].scores)
         found = {f"{one.name}, {one.way}": f"{one.exact}/{len(one.scores)}" for one in [*ways, *shipped]}
     seconds, f16 = time.perf_counter() - begin, 2 * sum(p.numel() for p in _weights(merged)) / 1e6
     child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
@@ -121,7 +125,8 @@ def main() -> None:
         print(json.dumps(stage(options.stage, options.project, options.run, options.profile)))
         return
     shutil.rmtree(WORK, ignore_errors=True)
-    for part in ("project.yaml", "task", "training", "data/eval", "data/accepted", f"outputs/adapters/{options.run}"):
+    made = (f"outputs/adapters/{options.run}", f"outputs/eval_reports/{options.run}/scores.json")
+    for part in ("project.yaml", "task", "training", "data/eval", "data/accepted", *made):
         source, target = options.project / part, WORK / part
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)

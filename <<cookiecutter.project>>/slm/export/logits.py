@@ -1,6 +1,7 @@
 """Second proof: next-token distributions, hop by hop: adapter against merged model, merged model against every file."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from slm.contract import Contract
 from slm.export.merge import adapter_folder
 from slm.export.quantize import GgufFile
 from slm.models import base_folder
+from slm.models.base import common_prefix
 from slm.models.hf import compute_dtype
 from slm.models.llama_cpp import LlamaCppModel
 from slm.rows import Row
@@ -63,16 +65,22 @@ def checkpoint_logits(folder: Path, asked: Asked, adapter: Path | None = None) -
     """Of a checkpoint in transformers, with the adapter beside its weights where one is given: a (places, vocabulary)
     array per conversation."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(compute_dtype()).eval()
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    shared = min(common_prefix([ids for ids, _ in asked]), *(places[0] for _, places in asked))
+    prefix, found = DynamicCache(config=model.config), []
     with torch.inference_mode():
-        found = [model(input_ids=torch.tensor([ids]), logits_to_keep=torch.tensor(places)).logits[0] for ids, places in asked]
-    return [logits.float().numpy() for logits in found]
+        if shared:  # all begin with the same system prompt: it is read once
+            model(torch.tensor([asked[0][0][:shared]]), past_key_values=prefix, logits_to_keep=1)
+        for ids, places in asked:
+            own, places = torch.tensor([ids[shared:]]), torch.tensor(places) - shared
+            found.append(model(own, past_key_values=deepcopy(prefix), logits_to_keep=places).logits[0].float().numpy())
+    return found
 
 
 def compare_logits(name: str, wanted: Sequence, found: Sequence, most: float) -> LogitProof:

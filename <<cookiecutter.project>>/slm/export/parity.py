@@ -3,15 +3,16 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 from slm.contract import Contract
 from slm.errors import SlmError
 from slm.evaluate import Comparison, Metric, Result, Score, evaluate, measure, paired, take
-from slm.evaluate.scorers import answer_rows
+from slm.evaluate.scorers import answer_rows, prompt_messages
 from slm.export.logits import MERGED, LogitProof
 from slm.export.merge import adapter_folder
 from slm.export.quantize import GgufFile
-from slm.models import cached, student
+from slm.models import Prompt, cached, student
 from slm.models.llama_cpp import LlamaCppModel
 from slm.registry import check_locked
 from slm.rows import Row, read_rows
@@ -87,12 +88,15 @@ def score_adapter(settings, contract: Contract, rows: Sequence[Row]) -> Scored:
     return _score(settings, contract, rows, student(settings, adapter_folder(settings)), ADAPTER, "transformers", 1.0)
 
 
-def ask(settings, contract: Contract, file: GgufFile, sets: dict[str, Sequence[Row]], timed: str = "") -> list[Result]:
+def ask(
+    settings, contract: Contract, file: GgufFile, sets: dict[str, Sequence[Row]], timed: str = "", guess: Sequence[Score] = ()
+) -> list[Result]:  # fmt: skip
     """One file as it is shipped on some sets: messages through the runtime's own template, with the shipped
-    repeat_penalty; lone requests of the set `timed` are timed."""
+    repeat_penalty; lone requests of the set `timed` are timed. `guess`: another's answers to these rows, see `LlamaCppModel.guess`."""
     penalty, slots = settings.export.repeat_penalty, settings.evaluate.slots
     model = LlamaCppModel(file.path, context=settings.export.context, repeat_penalty=penalty, slots=slots)
     try:
+        _guess(model, contract, [row for rows in sets.values() for row in rows], guess)
         return [
             evaluate(settings, contract, model, rows, set=name, name=file.quant, latency=name == timed)
             for name, rows in sets.items()
@@ -102,29 +106,41 @@ def ask(settings, contract: Contract, file: GgufFile, sets: dict[str, Sequence[R
 
 
 def score_files(
-    settings, contract: Contract, rows: Sequence[Row], files: Sequence[GgufFile], dev: Sequence[Row] = ()
-) -> list[Scored]:
+    settings, contract: Contract, rows: Sequence[Row], files: Sequence[GgufFile], dev: Sequence[Row] = (),
+    guess: Sequence[Score] = (),
+) -> list[Scored]:  # fmt: skip
     """Every file as it is shipped: messages through the runtime's own template, with the shipped repeat_penalty. Golden
     and dev rows decide together, and stand in the evaluation report; lone requests of the last set are timed."""
     found, penalty = [], settings.export.repeat_penalty
     sets = {name: part for name, part in (("golden", rows), ("dev", dev)) if part}
     for file in files:
-        results = ask(settings, contract, file, sets, timed=list(sets)[-1])
+        results = ask(settings, contract, file, sets, list(sets)[-1], guess)
         scores = [score for result in results for score in result.scores]
         metrics = measure(scores, contract, settings)
         found.append(Scored(file.quant, MESSAGES, penalty, scores, metrics, file, tuple(results)))
     return found
 
 
-def score_paths(settings, contract: Contract, rows: Sequence[Row], f16: GgufFile, merged) -> list[Scored]:
-    """The f16 file without a repeat penalty in three ways: token ids (A), rendered text (B), messages (C)."""
+def score_paths(
+    settings, contract: Contract, rows: Sequence[Row], f16: GgufFile, merged, guess: Sequence[Score] = ()
+) -> list[Scored]:  # fmt: skip
+    """The f16 file without a repeat penalty in three ways: token ids (A), rendered text (B), messages (C). Answers that
+    the shipped penalty leaves as they are need no second asking: they are kept for `score_files`."""
     from transformers import AutoTokenizer
 
     tokenizer, known = AutoTokenizer.from_pretrained(merged), {}
-    model = LlamaCppModel(f16.path, context=settings.export.context, repeat_penalty=1.0)
+    model = LlamaCppModel(f16.path, context=settings.export.context, other_penalty=settings.export.repeat_penalty)
     try:
+        _guess(model, contract, rows, guess)
         ways = [(RenderedPrompts(model, tokenizer, way, known), way) for way in (IDS, TEXT, MESSAGES)]
-        return [_score(settings, contract, rows, asked, f16.quant, way, 1.0, f16) for asked, way in ways]
+        found = [_score(settings, contract, rows, asked, f16.quant, way, 1.0, f16) for asked, way in ways]
+        same = model.others([Prompt(prompt_messages(contract, row), settings.evaluate.max_new_tokens) for row in rows])
+        answers = {id(prompt): answer for prompt, answer in same}
+        shipped = SimpleNamespace(
+            name=model.name, fingerprint=model.other_fingerprint, answer=lambda prompts: [answers[id(p)] for p in prompts]
+        )  # fmt: skip
+        cached(shipped, settings).answer([prompt for prompt, _ in same])
+        return found
     finally:
         model.close()
 
@@ -217,6 +233,12 @@ def table(
             "holds": "-" if one is reference else fit(settings, contract, reference, one, logits),
         })  # fmt: skip
     return lines
+
+
+def _guess(model: LlamaCppModel, contract: Contract, rows: Sequence[Row], guess: Sequence[Score]) -> None:
+    texts = {score.row_id: score.text for score in guess}
+    rows = [row for row in rows if row.id in texts]
+    model.guess([prompt_messages(contract, row) for row in rows], [texts[row.id] for row in rows])
 
 
 def _score(settings, contract, rows, model, name, way, penalty, file=None) -> Scored:

@@ -11,11 +11,13 @@ from slm.models.sequences import CELLS, Job, Sequences
 
 
 class LlamaCppModel:
-    """A GGUF file; `slots` prompts are decoded together, a lone one starts from what it shares with the one before."""
+    """A GGUF file; `slots` prompts are decoded together, a lone one starts from what it shares with the one before.
+    `others` are the answers that `other_penalty` in place of `repeat_penalty` leaves as they are."""
 
     def __init__(
-        self, file: Path, context: int = 2048, threads: int | None = None, repeat_penalty: float = 1.0, slots: int = 16
-    ):
+        self, file: Path, context: int = 2048, threads: int | None = None, repeat_penalty: float = 1.0, slots: int = 16,
+        other_penalty: float | None = None,
+    ):  # fmt: skip
         from slm.registry import file_hash
 
         file = Path(file)
@@ -23,17 +25,20 @@ class LlamaCppModel:
             raise SlmError(f"{file}: there is no such GGUF file.")
         import llama_cpp
 
-        self._before = resident_mb()
+        before = resident_mb()
         try:  # its own context stays unused: Sequences makes one for as many sequences as are needed
             self.llama = llama_cpp.Llama(
                 str(file), n_ctx=CELLS, n_threads=threads, n_threads_batch=threads, verbose=False, seed=0
             )
         except ValueError as error:
             raise SlmError(f"{file}: llama.cpp cannot load it ({error}); make it again with 08_export.") from None
-        self.name, self.file, self.memory_mb, self._grammars = file.stem, file, None, {}
-        self._context, self._penalty = context, repeat_penalty
+        self.name, self.file, self._grammars = file.stem, file, {}
+        # Megabytes that a lone request takes, known after the first one; those held now; answers guessed by prompt ids.
+        self.memory_mb, self._mb, self._guesses = None, resident_mb() - before, {}
+        self._context, self._penalty, self._other, self._same = context, repeat_penalty, other_penalty, {}
         self._sequences = Sequences(self.llama, slots, repeat_penalty)
-        self.fingerprint = f"llama.cpp2 {llama_cpp.__version__} {file_hash(file)[:16]} ctx{context} rp{repeat_penalty}"
+        mark = f"llama.cpp2 {llama_cpp.__version__} {file_hash(file)[:16]} ctx{context} rp"
+        self.fingerprint, self.other_fingerprint = f"{mark}{repeat_penalty}", f"{mark}{other_penalty}"
 
     def answer(self, prompts: list[Prompt]) -> list[Answer]:
         """Messages through the file's own chat template; constrained to `schema` where a prompt has one."""
@@ -43,9 +48,15 @@ class LlamaCppModel:
         """Complete rendered prompts, given as token ids."""
         return self._run([(ids, [], Prompt([], max_tokens)) for ids in prompts])
 
-    def answer_text(self, text: str | list[int], max_tokens: int) -> Answer:
-        """Complete one rendered prompt. Text is tokenized here with special tokens parsed and no BOS added."""
-        return self.answer_ids([self.tokenize(text) if isinstance(text, str) else text], max_tokens)[0]
+    def guess(self, chats: list[list[dict]], texts: list[str]) -> None:
+        """Likely answers to these messages, another model's: where they are right, many prompts are answered sooner."""
+        self._guesses = {tuple(self.tokenize(chat)): self.tokenize(text) for chat, text in zip(chats, texts, strict=True)}
+
+    def others(self, prompts: list[Prompt]) -> list[tuple[Prompt, Answer]]:
+        """Those of the prompts, asked before, to which `other_penalty` gives the very same answer, and that answer."""
+        rendered = [(prompt, *self._render(prompt.messages)) for prompt in prompts]
+        found = [(prompt, self._same.get((*ids, prompt.max_tokens)), stop) for prompt, ids, stop in rendered]
+        return [(prompt, a) for prompt, a, stop in found if a and not any(s in a.text for s in stop)]
 
     def logits(self, ids: list[int], places: list[int]):
         """Logits of the token that follows each of `places` (ascending): an array (places, vocabulary)."""
@@ -79,8 +90,13 @@ class LlamaCppModel:
     def _run(self, asked: list[tuple[list[int], list[str], Prompt]]) -> list[Answer]:
         import llama_cpp
 
-        jobs = [self._job(*one) for one in asked]
+        before, jobs = resident_mb(), [self._job(*one) for one in asked]
         fitting = [job for job in jobs if job.limit > 0]
+        if first := len(fitting) == 1 and self.memory_mb is None:
+            self._sequences.close()  # without the memory of many
+        elif len(fitting) > 1:
+            for job in fitting:
+                job.guess = self._guesses.get(tuple(job.ids), [])[: job.limit]
         try:
             if fitting:
                 with tqdm(total=len(fitting), desc=self.name, leave=False, mininterval=1) as bar:
@@ -89,9 +105,12 @@ class LlamaCppModel:
             for job in jobs:
                 if job.grammar:
                     llama_cpp.llama_sampler_free(job.grammar)
-        if fitting and self.memory_mb is None:
-            self.memory_mb = max(0.0, resident_mb() - self._before)
-        return [self._answer(job, len(fitting) == 1) for job in jobs]
+        self._mb += resident_mb() - before
+        self.memory_mb = max(0.0, self._mb) if first else self.memory_mb
+        answers = [self._answer(job, len(fitting) == 1) for job in jobs]
+        told = zip(jobs, asked, answers, strict=True)
+        self._same |= {(*job.ids, prompt.max_tokens): answer for job, (*_, prompt), answer in told if job.other}
+        return answers
 
     def _job(self, ids: list[int], stop: list[str], prompt: Prompt) -> Job:
         import llama_cpp
@@ -104,7 +123,9 @@ class LlamaCppModel:
                 temp=prompt.temperature, top_p=1.0, repeat_penalty=self._penalty,
                 grammar=self._grammar(prompt.schema)[0] if prompt.schema else None,
             )  # fmt: skip
-        elif prompt.schema and limit > 0:
+        elif not prompt.schema:
+            job.other = self._other
+        elif limit > 0:
             job.grammar = llama_cpp.llama_sampler_clone(self._grammar(prompt.schema)[1])
         return job
 

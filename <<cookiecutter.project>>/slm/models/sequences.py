@@ -10,20 +10,24 @@ from slm.models.base import common_prefix
 
 BATCH, UBATCH, CELLS = 2048, 512, 256  # tokens handed over at once, computed at once; memory is taken in such steps
 LAST_N = 64  # generated tokens that the repeat penalty looks back on, as llama-cpp-python does
+GUESS = 64  # tokens of a guess that are checked at once
 
 
 @dataclass
 class Job:
-    """A prompt in token ids and what becomes of it. `sampler` chooses instead of the greedy rule, `grammar` binds it."""
+    """A prompt in token ids and what becomes of it. `sampler` chooses instead of the greedy rule, `grammar` binds it. A
+    `guess` at the answer saves time where it is right; `other` is a repeat penalty, None once it would choose otherwise."""
 
     ids: list[int]
     limit: int
     stop: list[bytes] = field(default_factory=list)
     grammar: object = None
     sampler: object = None
+    guess: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     found: list[tuple[bytes, float]] = field(default_factory=list)
     past: int = 0
+    other: float | None = None
     finish: str = ""
     begin: float = 0.0
     first_s: float = 0.0
@@ -48,6 +52,8 @@ class Sequences:
 
         self._api, self._llama, self._penalty, self._texts = llama_cpp, llama, repeat_penalty, {}
         self._slots = min(slots, llama_cpp.llama_max_parallel_sequences() - 1)
+        weights = llama._model.model
+        self._rewinds = not (llama_cpp.llama_model_is_recurrent(weights) or llama_cpp.llama_model_is_hybrid(weights))
         self._context, self._held, self._size = None, [], (0, 0)
 
     def close(self) -> None:
@@ -73,6 +79,7 @@ class Sequences:
                 if slot:
                     self._copy(0, slot)
                 self._step(job, *self._read(slot, len(self._held), job.ids[len(self._held) :]))
+                self._follow(slot, job)
                 self._leave(active, free, on_done)
             while active and not queue and (top := max(active)) > (hole := min(free, default=top)):
                 self._copy(top, hole)  # neighbours are computed in one go: the last ones move together
@@ -141,6 +148,17 @@ class Sequences:
             logits = self._decode([(slot, past + start + n, token, n == last) for n, token in enumerate(part)])
         return (logits[0], last) if wanted else None
 
+    def _follow(self, slot: int, job: Job) -> None:
+        """Read the guess in one go, as far as the job chooses the same tokens; what it does not choose is forgotten."""
+        while self._rewinds and not job.finish and job.tokens == job.guess[: len(job.tokens)]:
+            part = job.guess[len(job.tokens) - 1 :][:GUESS]
+            for place, logits in enumerate(self._decode([(slot, job.past + n, token, True) for n, token in enumerate(part)])):
+                job.past += 1
+                self._step(job, logits, place)
+                if job.finish or job.tokens != job.guess[: len(job.tokens)]:
+                    break
+            self._api.llama_memory_seq_rm(self._context.memory, slot, job.past, -1)
+
     def _decode(self, parts: list[tuple[int, int, int, bool]]):
         """Compute (sequence, position, token, whether its logits are wanted); returns those, (wanted, vocabulary)."""
         import numpy as np
@@ -158,7 +176,9 @@ class Sequences:
         """Choose the next token of a job from its logits, those of token `place` of the batch."""
         import numpy as np
 
-        token = job.sampler.sample(self._context, place) if job.sampler else self._greedy(job, logits)
+        token = job.sampler.sample(self._context, place) if job.sampler else self._greedy(job, logits, self._penalty)
+        if job.other and self._greedy(job, logits, job.other) != token:
+            job.other = None
         job.first_s = job.first_s or time.perf_counter() - job.begin
         if token is None or self._api.llama_vocab_is_eog(self._llama._model.vocab, token):
             job.finish = "error" if token is None else "stop"
@@ -174,13 +194,13 @@ class Sequences:
         elif len(job.tokens) >= job.limit:
             job.finish = "length"
 
-    def _greedy(self, job: Job, logits) -> int | None:
+    def _greedy(self, job: Job, logits, penalty: float) -> int | None:
         """The likeliest token after the repeat penalty that the grammar allows; None when it allows none."""
         import numpy as np
 
-        if self._penalty != 1.0 and job.tokens:
+        if penalty != 1.0 and job.tokens:
             seen, logits = list(set(job.tokens[-LAST_N:])), logits.copy()
-            logits[seen] = np.where(logits[seen] <= 0, logits[seen] * self._penalty, logits[seen] / self._penalty)
+            logits[seen] = np.where(logits[seen] <= 0, logits[seen] * penalty, logits[seen] / penalty)
         if not job.grammar:
             return int(logits.argmax())
         for most in (1, 64, len(logits)):  # the grammar is slow: it judges all tokens only where it refused the best
