@@ -23,26 +23,31 @@ from evaluation import build_server
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ROOT / "<<cookiecutter.project>>"
-# What a row of the table is started with; a program that is not on PATH is named by its variable.
+# A program that is not on PATH is named by its variable; the desktop programs are not started here.
 PROGRAMS = {"llama-server": "LLAMA_SERVER", "vllm": "VLLM", "open-webui": "OPEN_WEBUI", "sglang": "SGLANG_PYTHON"}
-FRONT = "Open WebUI"  # no runtime of its own: it stands before the first server that is found
+FRONT = "Open WebUI"  # no runtime of its own: it stands before llama.cpp
 ACCOUNT = {"name": "bench", "email": "bench@localhost.localdomain", "password": "only-on-this-machine-1"}
+QUIET = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+         "WEBUI_SECRET_KEY": ACCOUNT["password"]}  # else it writes one into the model's folder  # fmt: skip
 
 
-def recipes() -> dict[str, str]:
-    """The command of each row of the table that is one command; the others (desktop programs) cannot be started here."""
-    text = (PROJECT / "client/README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([^|]+?) \| `([^`]+)`[^`|]*\| (?:http|the)", text, re.MULTILINE)
-    return {name: command for name, command in rows if shlex.split(command)[0] not in ("ollama", "jan")}
+def recipes(values: dict[str, str]) -> dict[str, tuple[dict[str, str], list[str]]]:
+    """Environment and command of each row of the table that is one command, its capitals replaced by `values`."""
+    text, found = (PROJECT / "client/README.md").read_text(encoding="utf-8"), {}
+    for name, command in re.findall(r"^\| ([^|]+?) \| `([^`]+)`[^`|]*\| http", text, re.MULTILINE):
+        words = shlex.split(re.sub(rf"\b({'|'.join(values)})\b", lambda m: values[m[0]], command))
+        env = dict(word.split("=", 1) for word in words if re.match("[A-Z_]+=", word))
+        found[name] = env, words[len(env) :]
+    return found
 
 
-def program(words: list[str]) -> str | None:
-    """The program that a command starts, None where it is not installed."""
+def program(words: list[str]) -> str:
+    """The program that a command starts; empty where it is not installed."""
     name = words[2].split(".")[0] if words[0] == "python" else words[0]
     if name == "llama_cpp":
-        return sys.executable if importlib.util.find_spec("fastapi") else None
-    found = os.environ.get(PROGRAMS[name], "") or (shutil.which(name) if name == words[0] else None)
-    return found or (str(build_server() or "") or None if name == "llama-server" else None)
+        return sys.executable if importlib.util.find_spec("fastapi") else ""
+    found = os.environ.get(PROGRAMS.get(name, ""), "") or (name in PROGRAMS and shutil.which(name)) or ""
+    return found or (str(build_server() or "") if name == "llama-server" else "")
 
 
 @contextmanager
@@ -148,30 +153,25 @@ def main() -> None:
             found[f"in process, {kind}"] = {"exact": sum(s.exact for s in references[kind])}
         return references[kind]
 
-    def run(name: str, command: str, behind: str = "") -> None:
-        words = shlex.split(re.sub("FILE|NAME|RUN|BASE", lambda m: values[m[0]], command))
-        env = dict(word.split("=", 1) for word in words if re.match("[A-Z_]+=", word))
-        words = words[len(env) :]
-        words[0], wanted = program(words), reference(name)
-        if behind:
-            env |= {"OPENAI_API_BASE_URL": behind, "DATA_DIR": tempfile.mkdtemp()}
+    def run(name: str, behind: str = "") -> dict:
+        env, words = table[name]
+        words, wanted = [program(words), *words[1:]], reference(name)
+        env = QUIET | env | ({"OPENAI_API_BASE_URL": behind, "DATA_DIR": tempfile.mkdtemp()} if behind else {})
         with started(words, folder, env, "/api" if behind else "/v1") as url:
             os.environ["API_KEY"] = sign_up(url) if behind else "none"
-            found[name] = ask(client, terms | {"url": url}, rows, contract, wanted, limit)
+            return ask(client, terms | {"url": url}, rows, contract, wanted, limit)
 
-    table = recipes()
-    for name, command in table.items():
-        words = [word for word in shlex.split(command) if not re.match("[A-Z_]+=", word)]
-        if options.only not in name or not program(words):
-            found[name] = "not run: not asked for" if options.only not in name else "not run: not found"
-            continue
+    table = recipes(values)
+    for name, (_, words) in table.items():
         try:
-            if name == FRONT:
-                first = shlex.split(table["llama.cpp"].replace("FILE", file))
-                with started([program(first), *first[1:]], folder, {}, "/v1") as behind:
-                    run(name, command, behind)
+            if options.only not in name or not program(words):
+                found[name] = "not run" if options.only not in name else "not run: not found"
+            elif name == FRONT:
+                env, first = table["llama.cpp"]
+                with started([program(first), *first[1:]], folder, env, "/v1") as behind:
+                    found[name] = run(name, behind)
             else:
-                run(name, command)
+                found[name] = run(name)
         except (RuntimeError, OSError) as error:
             found[name] = f"failed: {error}"
         print(name, found[name], file=sys.stderr, flush=True)
