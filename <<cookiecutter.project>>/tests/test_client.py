@@ -4,10 +4,13 @@
 
 import importlib.util
 import json
+import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -53,29 +56,43 @@ def client(folder):
     return module
 
 
-@pytest.fixture(scope="module")
-def url(folder):
-    """llama-cpp-python's own server with the tiny model's f16 file."""
-    for name in ("fastapi", "sse_starlette", "starlette_context", "pydantic_settings", "uvicorn"):
-        pytest.importorskip(name, reason="llama-cpp-python's server is not installed")
+def recipe(folder, server: str) -> list[str]:
+    """The command that the client's README gives for a server, with the tiny model's f16 file."""
+    row = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith(f"| {server} |"))
+    values = {"FILE": str(folder.parent / "model-f16.gguf"), "NAME": "tiny"}
+    return [values.get(word, word) for word in shlex.split(row.split("`")[1])]
+
+
+@pytest.fixture(scope="module", params=["llama-cpp-python", "llama.cpp"])
+def url(folder, request):
+    """A real server, started as the README says: llama-cpp-python's own, and llama.cpp's llama-server where there is one."""
+    program = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+    if request.param == "llama-cpp-python":
+        for name in ("fastapi", "sse_starlette", "starlette_context", "pydantic_settings", "uvicorn"):
+            pytest.importorskip(name, reason="llama-cpp-python's server is not installed")
+        command = [sys.executable, *recipe(folder, request.param)[1:], "--n_threads", "1"]
+    elif program:
+        command = [program, *recipe(folder, request.param)[1:], "--threads", "1"]
+    else:
+        pytest.skip("no llama-server on PATH or in LLAMA_SERVER")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(folder.parent / "model-f16.gguf"), "--n_ctx", "1024"]
-    server = subprocess.Popen([*command, "--port", str(port), "--n_threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    address = f"http://127.0.0.1:{port}/v1"
-    try:
-        for _ in range(600):
-            assert server.poll() is None, server.stderr.read().decode()[-2000:]
-            try:
-                urllib.request.urlopen(f"{address}/models", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+        address = f"http://127.0.0.1:{port}/v1"
+        try:
+            for _ in range(600):
+                assert server.poll() is None, os.pread(log.fileno(), 10**6, 0).decode()[-2000:]
+                try:
+                    urllib.request.urlopen(f"{address}/models", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield address
+        finally:
+            server.terminate()
+            server.wait()
 
 
 @pytest.fixture
