@@ -20,13 +20,14 @@ from slm.production.scrub import scrub_logs
 from slm.rows import make_row, plain, write_json, write_text
 
 SIDES = ("current", "candidate")
-PATIENCE = 3  # so many failed requests at the end: the endpoint is down, which says nothing of the model
+RELEASE, TRAINED = {"stage": "release"}, {"stage": "train", "status": "completed"}
+PATIENCE = 3  # so many failed requests in a row: the endpoint is down, which says nothing of the model
 
 
 def released(settings, run_id: str) -> dict:
     """The record of a run's release. Raises SlmError without one, or when the run was trained again since."""
     refuse(settings, run_id)
-    release, train = (registry.latest(settings, "runs", run_id=run_id, **kind) for kind in ({"stage": "release"}, {"stage": "train", "status": "completed"}))
+    release, train = (registry.latest(settings, "runs", run_id=run_id, **kind) for kind in (RELEASE, TRAINED))
     if not release or train and train["at"] > release["at"]:
         why = "was trained again since its release" if release else "is not released"
         raise SlmError(f"run {run_id} {why}: the locked benchmark comes first, python -m slm release {run_id}")
@@ -77,7 +78,7 @@ def ask(settings, arms: dict[str, dict], lines: Sequence[LogLine]) -> dict[str, 
     """Both sides' answers through client/client.py: one request at a time, each side first in every other one. A request
     that fails is a failed answer. Raises SlmError when an endpoint is down, or builds another prompt than was trained."""
     spec = importlib.util.spec_from_file_location("client", settings.path("client/client.py"))
-    client, answers, said = importlib.util.module_from_spec(spec), {side: [] for side in arms}, {}
+    client, answers, said = importlib.util.module_from_spec(spec), {side: [] for side in arms}, ""
     spec.loader.exec_module(client)
     try:
         for terms in arms.values():
@@ -87,15 +88,15 @@ def ask(settings, arms: dict[str, dict], lines: Sequence[LogLine]) -> dict[str, 
                 text, used, finish, begin = "", {}, "error", time.perf_counter()
                 try:
                     reply = client.post(arms[side], line.input)
-                    choice, used = reply["choices"][0], reply.get("usage", {})
-                    text, finish = choice["message"]["content"], choice["finish_reason"]
+                    choice, used = reply["choices"][0], reply.get("usage") or {}
+                    text, finish = choice["message"]["content"] or "", choice["finish_reason"]
                 except (client.ClientError, KeyError, IndexError, TypeError) as error:
-                    said[side] = error
+                    said = error
                 counts = (used.get(f"{what}_tokens", 0) for what in ("prompt", "completion"))
                 answers[side].append(Answer(text, time.perf_counter() - begin, *counts, finish))
+                if [a.finish_reason for a in answers[side][-PATIENCE:]] == PATIENCE * ["error"]:
+                    raise client.ClientError(f"{PATIENCE} requests in a row failed: {said}")
         for side, own in answers.items():
-            if own and all(a.finish_reason == "error" for a in own[-PATIENCE:]):
-                raise client.ClientError(said[side])
             cost.answered(settings, SimpleNamespace(name=arms[side]["version"]), own, sum(a.latency_s for a in own))
     except client.ClientError as error:
         raise SlmError(f"shadow stopped, nothing is recorded: {error}") from None
