@@ -246,7 +246,7 @@ class Canary(Section):
     margin: float = Field(0.05, gt=0, lt=1)  # promoted when no failure rate can have risen by as much
     days: float = Field(1.0, ge=0)  # promoted after so many at the earliest
     settle_hours: float = Field(24.0, ge=0)  # people's corrections may take as long; younger requests wait for them
-    most: int = Field(5000, ge=1)  # customers of the candidate: then it ends, decided or not
+    most: int = Field(5000, ge=1)  # customers of the candidate; then, and after `days`, it ends undecided
 
 
 class Production(Section):

@@ -290,14 +290,18 @@ def test_what_the_log_lacks_is_said():
     other = [one.model_copy(update={"model_version": "older f16"}) for one in lines]
     assert "no request of 'new q8_0' yet" in canary.judge(router(), CONTRACT, only, NOW)[1]
     assert len(canary.judge(router(), CONTRACT, older, NOW)[1]) == 2
-    assert "lines of other versions do not count: older f16" in canary.judge(router(), CONTRACT, other, NOW)[1]
+    assert "not counted: requests of other versions, older f16" in canary.judge(router(), CONTRACT, other, NOW)[1]
     decision, notes, *_ = canary.judge(router(share=0.1), CONTRACT, traffic(1500), NOW)
     assert decision == "running" and "planned are 10%: is every request routed" in notes[0]
 
 
 def test_it_ends_undecided_at_the_plan_s_most():
     """Guards against a canary that never ends because the truth lies at the margin."""
-    assert canary.judge(router(most=100), CONTRACT, traffic(240, 0.3, 0.35), NOW)[0] == "not decided"
+    lines = traffic(240, 0.3, 0.35)
+    assert canary.judge(router(most=100), CONTRACT, lines, NOW)[0] == "not decided"
+    assert canary.judge(router(most=200), CONTRACT, lines, NOW)[0] == "running"
+    for wait in ({"settle_hours": 48}, {"days": 3}):  # heavy traffic must not end it before a correction can come
+        assert canary.judge(router(most=100, **wait), CONTRACT, lines, NOW)[0] == "running"
 
 
 def test_the_plan_says_what_a_decision_takes():
@@ -382,6 +386,14 @@ def test_a_roll_back_takes_the_candidate_out_at_once_and_for_good(started, monke
     out = capsys.readouterr().out
     assert "unreadable: certainly more often" in out and "run new: rolled back, 0% of the customers get it." in out
     assert started.path("outputs/eval_reports/new/canary.png").stat().st_size > 5000
+
+
+def test_lines_that_do_not_count_are_told(started):
+    """Guards against half a log that is left out without a word."""
+    with started.path("log.jsonl").open("a") as stream:
+        stream.write(json.dumps(line(200, consent=False)) + '\n{"request_id": "r2')
+    notes = canary.check(started, CONTRACT)[1]
+    assert {"not counted: 1 torn or invalid lines", "not counted: 1 requests without consent"} <= {*notes}
 
 
 def test_two_looks_at_once_decide_once(started):

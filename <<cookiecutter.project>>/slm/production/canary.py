@@ -90,8 +90,10 @@ def check(settings, contract: Contract, now: datetime | None = None) -> tuple[Ro
         router = load(settings)
         if router.status != "running":
             return router, [], [], {}
-        lines = read_logs(settings.path(settings.production.logs)).lines
-        decision, notes, table, paths = judge(router, contract, lines, now or datetime.now(UTC))
+        logs = read_logs(settings.path(settings.production.logs))
+        decision, notes, table, paths = judge(router, contract, logs.lines, now or datetime.now(UTC))
+        lost = {"torn or invalid lines": len(logs.problems), "requests without consent": logs.no_consent, "lines that the logger lost": logs.dropped}
+        notes += [f"not counted: {count} {what}" for what, count in lost.items() if count]
         if decision != "running":
             router = router.model_copy(update={"status": decision, "share": SHARES[decision]})
             write_json(_file(settings), router.model_dump(mode="json"))
@@ -106,7 +108,7 @@ def judge(
     """Decide from the lines since the start. A customer counts once, by the first request: requests of one customer
     resemble one another. "wrong" is unreadable or corrected, once `plan.settle_hours` have passed. Rolled back when an
     outcome is certainly more frequent than under the current model; promoted when none can have risen by `plan.margin`
-    and `plan.days` are over; not decided at `plan.most` customers. Each of the six rates has a sixth of alpha
+    and `plan.days` are over; not decided when `plan.most` customers of the candidate have settled by then. Each of the six rates has a sixth of alpha
     (Bonferroni): however often one looks, the chance of a wrong decision is alpha at most."""
     sides, plan, first = dict(zip((router.current, router.candidate["version"]), SIDES, strict=True)), router.plan, {}
     since = [line for line in sorted(lines, key=lambda line: line.time) if line.time >= router.since]
@@ -120,25 +122,24 @@ def judge(
         "slow": [(side, line.latency_s > router.slow_s) for side, line in came],
         "wrong": [(side, _wrong(contract, line)) for side, line in settled],
     }
-    table, worse, good = [], [], now - router.since >= timedelta(days=plan.days)
+    table, worse, notes, good = [], [], [], (over := now - router.since >= timedelta(days=plan.days))
     for name, path in paths.items():
-        k, n = ([sum(add for side, add in part if side == own) for own in SIDES] for part in (path, [(s, 1) for s, _ in path]))
-        low, high = (end.tolist() for end in bounds(k, n, router.alpha / 6))
+        own = {side: [bad for one, bad in path if one == side] for side in SIDES}
+        low, high = bounds([*map(sum, own.values())], [*map(len, own.values())], router.alpha / 6)
         worse += [f"{name}: certainly more often than under the current model"] if low[1] > high[0] else []
-        good &= high[1] - low[0] < plan.margin
-        told = {own: f"{k[i]} of {n[i]}: {100 * low[i]:.1f} to {100 * high[i]:.1f} %" for i, own in enumerate(SIDES)}
+        good = good and high[1] - low[0] < plan.margin
+        told = {side: f"{sum(bad)} of {len(bad)}: {100 * low[i]:.1f} to {100 * high[i]:.1f} %" for i, (side, bad) in enumerate(own.items())}
         table.append({"outcome": name, **told, "rise (points)": f"{100 * (low[1] - high[0]):+.1f} to {100 * (high[1] - low[0]):+.1f}"})
-    new, notes = sum(side == "candidate" for side, _ in came), []
-    (low, high), other = bounds(new, len(came), 0.001), sorted({line.model_version for line in since} - {*sides})
-    if other:
-        notes.append(f"lines of other versions do not count: {', '.join(other)}")
+    if other := sorted({line.model_version for line in since} - {*sides}):
+        notes.append(f"not counted: requests of other versions, {', '.join(other)}")
     notes += [f"no request of {version!r} yet" for version, side in sides.items() if side not in dict(came)]
+    new, done = (sum(side == "candidate" for side, _ in part) for part in (came, settled))
+    low, high = bounds(new, len(came), 0.001)
     if not low <= plan.share <= high:
         good = False
         notes.append(f"{new} of {len(came)} customers got the candidate, planned are {plan.share:.0%}: is every request routed and logged?")
-    if worse or good:
-        return ("rolled back" if worse else "promoted"), worse + notes, table, paths
-    return ("running" if new < plan.most else "not decided"), notes, table, paths
+    decision = "rolled back" if worse else "promoted" if good else "not decided" if over and done >= plan.most else "running"
+    return decision, worse + notes, table, paths
 
 
 def needed(router: Router, rate: float, canaries: int = 200) -> list[dict]:
