@@ -446,7 +446,7 @@ def test_two_real_servers_from_shadow_to_promotion_and_roll_back(tmp_path, reque
 
     settings = load_settings(start=made.root, run_id="old", overrides={
         "evaluate.max_new_tokens": 48, "production.logs": "requests.jsonl", "task.target_latency_ms": 60_000,
-        "production.canary": {"share": 0.5, "margin": 0.3, "days": 0, "settle_hours": 0},
+        "production.canary": {"share": 0.5, "margin": 0.5, "days": 0, "settle_hours": 0},
     })  # fmt: skip
     for run, file in zip(("new", "old"), files[::-1], strict=True):
         folder = settings.path(f"outputs/gguf/{run}")
@@ -469,20 +469,22 @@ def test_two_real_servers_from_shadow_to_promotion_and_roll_back(tmp_path, reque
                     except client.ClientError:
                         pass
 
-        serve_customers(0, 30)
+        with logger.Log(log, current["version"]) as writer:
+            for n in range(30):
+                writer.write(f"Colour number {n}?", '{"colour": "red", "sure": true}', 0.1, True, consent=True, group=f"c{n}")
         report = shadow.shadow(settings, SHORT, "new", old, new, against="old")
         assert report["passed"] and report["requests"] == 30 and report["candidate"]["version"] == "new q8_0", report["why"]
         canary.start(settings, "new")
-        serve_customers(30, 120)
+        serve_customers(30, 70)
         found, notes, table, _ = canary.check(settings, SHORT)
         assert (found.status, found.share) == ("promoted", 1.0), (notes, table)
         assert client.route(current, "anybody")["version"] == "new q8_0"
         canary.start(settings, "new")
         process.terminate()
         process.wait()
-        serve_customers(120, 180)
+        serve_customers(70, 110)
         found, notes, *_ = canary.check(settings, SHORT)
         assert found.status == "rolled back" and notes[0].startswith("unreadable")
-        assert client.ask(client.route(current, "c121"), "Colour?")["colour"] in ("red", "blue")
+        assert client.ask(client.route(current, "c71"), "Colour?")["colour"] in ("red", "blue")
     lines = [json.loads(one) for one in log.read_text().splitlines()]
-    assert len(lines) == 180 and {one["model_version"] for one in lines} == {"old f16", "new q8_0"}
+    assert len(lines) == 110 and {one["model_version"] for one in lines} == {"old f16", "new q8_0"}
