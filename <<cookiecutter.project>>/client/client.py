@@ -2,16 +2,20 @@
 Works anywhere beside contract.json, which 08_export writes; needs Python and `pip install jsonschema`, no more."""
 
 import argparse
+import hashlib
 import json
 import os
 import sys
+import threading
 import time
 import unicodedata
 import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
 
 FORMS = ("json_schema", "json_object")  # the second for servers that know only the older form (llama-cpp-python's)
+LOCK = threading.Lock()
 
 
 class ClientError(Exception):
@@ -24,6 +28,18 @@ def load(folder: Path | None = None) -> dict:
     if not file.is_file():
         raise ClientError(f"{file}: not there; 08_export writes it.")
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def route(contract: dict, group: str = "", file: Path | None = None) -> dict:
+    """The contract of the model that this customer gets: `contract`, or for a canary's share of the customers the
+    candidate's, as router.json beside this file says (or `file`). No such file, or a torn one: no canary."""
+    try:
+        router = json.loads((file or Path(__file__).with_name("router.json")).read_text(encoding="utf-8"))
+        salted = f"{router['salt']}:{group or uuid.uuid4()}".encode()
+        drawn = int(hashlib.sha256(salted).hexdigest()[:8], 16) / 2**32
+        return router["candidate"] if drawn < router["share"] else contract
+    except (OSError, ValueError, KeyError, TypeError):
+        return contract
 
 
 def body(contract: dict, text: str, form: str = FORMS[0]) -> dict:
@@ -63,7 +79,10 @@ def ask(contract: dict, text: str, log=None, **facts) -> dict:
         return value
     finally:
         if log:
-            log.write(text, "".join(answer), time.perf_counter() - begin, value is not None, **facts)
+            waited = time.perf_counter() - begin
+            with LOCK:  # two models, one log: the line names the one that answered
+                log.model_version = contract["version"]
+                log.write(text, "".join(answer), waited, value is not None, **facts)
 
 
 def _read(contract: dict, reply: dict, seen: list[str]) -> dict:

@@ -23,6 +23,8 @@ money = typer.Typer(no_args_is_help=True, help="What was spent: registry/costs.j
 app.add_typer(money, name="cost")
 dataset = typer.Typer(no_args_is_help=True, help="Dataset versions: which there are, how two differ, one made again.")
 app.add_typer(dataset, name="dataset")
+canary = typer.Typer(no_args_is_help=True, help="A released run for a share of the customers, until it is decided.")
+app.add_typer(canary, name="canary")
 Profile = Annotated[str, typer.Option(help="A profile of project.yaml: default, smoke, cpu, gpu.")]
 RunId = Annotated[str, typer.Option(help="Names the run's folders; letters, digits, '.', '_', '-'.")]
 Config = Annotated[str, typer.Option(help="The settings file.")]
@@ -121,6 +123,53 @@ def release(run_id: str, profile: Profile = "default", config: Config = "project
     print(releases.load_report(settings, run_id).get("cost", {}).get("verdict", ""))
     record = releases.release(settings, run_id, gates)
     print(f"run {run_id} is released: record {record['hash']} in registry/runs.jsonl.")
+
+
+@app.command()
+def shadow(
+    run_id: str,
+    current: Annotated[str, typer.Option(help="Where the model in production answers: URL up to /v1, or URL#MODEL.")],
+    candidate: Annotated[str, typer.Option(help="Where this run's model answers.")],
+    against: Annotated[str, typer.Option(help="The run in production; by default the last one released before.")] = "",
+    limit: Annotated[int, typer.Option(help="How many requests, the newest.", min=1)] = 200,
+    config: Config = "project.yaml",
+) -> None:
+    """Ask a released run and the model in production the same logged requests; exit 1 when the run is worse."""
+    from slm.production import shadow as shadows
+
+    settings = load_settings(config, "default", {}, run_id)
+    report = shadows.shadow(settings, project_contract(settings), run_id, current, candidate, against, limit)
+    print(f"{report['text']}\nWrote outputs/eval_reports/{run_id}/shadow.md and shadow.json")
+    sys.exit(not report["passed"])
+
+
+@canary.command("start")
+def start_canary(run_id: str, config: Config = "project.yaml") -> None:
+    """Give the run to a share of the customers, as production.canary plans it; its shadow must have passed."""
+    from slm.production import canary as canaries
+    from slm.report.tables import markdown
+
+    settings = load_settings(config, "default", {}, run_id)
+    router = canaries.start(settings, run_id)
+    rate = canaries.failing(settings, project_contract(settings), router)
+    print(f"{router.plan.share:.0%} of the customers get {router.candidate['version']}, the others {router.current}.")
+    print(f"Where {rate:.1%} of the current model's answers fail, a decision takes (simulated):\n")
+    print(f"{markdown(canaries.needed(router, rate))}\nWrote {settings.production.router}; from now on: python -m slm canary check")
+
+
+@canary.command("check")
+def check_canary(config: Config = "project.yaml") -> None:
+    """Look at the log and decide, as often as you like. Exit 0: it goes on, or is promoted; 1: rolled back; 3: not decided."""
+    from slm.production import canary as canaries
+    from slm.report.tables import markdown
+
+    settings = load_settings(config)
+    router, notes, table, paths = canaries.check(settings, project_contract(settings))
+    if table:
+        picture = canaries.plot(paths, router.alpha / 6, settings.path(f"outputs/eval_reports/{router.run_id}/canary.png"))
+        print(f"{markdown(table)}\nWrote {picture.relative_to(settings.root)}")
+    print(*notes, f"run {router.run_id}: {router.status}, {router.share:.0%} of the customers get it.", sep="\n")
+    sys.exit({"rolled back": 1, "not decided": 3}.get(router.status, 0))
 
 
 @app.command()

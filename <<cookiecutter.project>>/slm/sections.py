@@ -239,6 +239,16 @@ class Repair(Section):
     plan: str = ""  # path of a repair_plan.json: 03 then asks the teacher for its rows instead of the grid's
 
 
+class Canary(Section):
+    """The plan of a canary: who gets the candidate, and when it is decided. A customer is a `group` of the log."""
+
+    share: float = Field(0.1, gt=0, lt=1)  # of the customers
+    margin: float = Field(0.05, gt=0, lt=1)  # promoted when no failure rate can have risen by as much
+    days: float = Field(1.0, ge=0)  # promoted after so many at the earliest
+    settle_hours: float = Field(24.0, ge=0)  # people's corrections may take as long; younger requests wait for them
+    most: int = Field(5000, ge=1)  # customers of the candidate; then, and after `days`, it ends undecided
+
+
 class Production(Section):
     """Logs of the released model (flywheel): evaluation first, training second."""
 
@@ -248,6 +258,8 @@ class Production(Section):
     holdout_first: int = Field(8, ge=0)  # corrected failures that the holdout gets before training gets any
     eval_share: float = Field(0.5, gt=0, le=1)  # of the groups after that; the rest are training candidates
     seed: int = 0
+    router: str = "client/router.json"  # what `canary` writes and the client reads
+    canary: Canary = Canary()
 
 
 class Cost(Section):

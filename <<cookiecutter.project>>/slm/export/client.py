@@ -35,5 +35,5 @@ def write_client(settings, contract, merged: Path, file: Path) -> list[Path]:
     request = {"model": terms["model"], "messages": contract.prompt(PROBE), **terms["sampling"]}
     write_json(folder / "contract.json", terms)
     write_json(folder / "request.json", request | {"response_format": held})
-    logs = shutil.ignore_patterns("*.jsonl*", "__pycache__")  # what customers wrote is no part of a release
+    logs = shutil.ignore_patterns("*.jsonl*", "router.json", "__pycache__")  # no customers' texts in a release
     return sorted(Path(shutil.copytree(folder, file.parent / "client", dirs_exist_ok=True, ignore=logs)).glob("*.*"))
