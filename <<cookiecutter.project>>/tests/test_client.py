@@ -198,7 +198,20 @@ def test_every_request_reaches_the_log(client, lying):
     assert [(text, output, ok) for text, output, _, ok, _ in lines] == [
         ("Blood.", '{"colour": "red", "sure": true}', True), ("Blood.", "Red, I think.", False), ("Blood.", "", False),
     ]  # fmt: skip
-    assert lines[0][2] > 0 and lines[1][4] == {"consent": False, "group": "c1"} and contract["version"] == "t f16"
+    assert lines[0][2] > 0 and lines[2][4] == {"consent": False, "group": "c1"} and contract["version"] == "t f16"
+
+
+@pytest.mark.parametrize("reply, kept", [
+    ({"usage": {"prompt_tokens": 40, "completion_tokens": 9}, "choices": [{"logprobs": {"content": [{"logprob": -0.1}, {"logprob": -0.7}]}}]},
+     {"tokens_in": 40, "tokens_out": 9, "confidence": 0.4966}),
+    ({"choices": [{"logprobs": {"content": [{"logprob": float("-inf")}]}}]}, {"confidence": 0.0}),
+    ({"usage": {"prompt_tokens": "40"}, "choices": [{"logprobs": None}]}, {}), ({"choices": [{"logprobs": {"content": [{"logprob": None}]}}]}, {}),
+    ({"choices": [{"logprobs": {"content": [{"logprob": float("nan")}]}}]}, {}), ({"choices": [{"logprobs": {"content": [{"logprob": 900}]}}]}, {}),
+    ({"choices": []}, {}), (["?"], {}),
+])  # fmt: skip
+def test_what_the_server_says_of_tokens_and_probabilities_is_kept(client, reply, kept):
+    """Guards against an odd reply that costs the answer its line, and figures in the log that no reader takes."""
+    assert client.told(reply) == kept
 
 
 def test_older_form_of_constraint_is_tried(client, lying):

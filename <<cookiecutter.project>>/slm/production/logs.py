@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from glob import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -22,7 +23,9 @@ class LogLine(BaseModel):
     waited. `parse_ok`: whether the caller could use the answer. `correction`: the right answer as contract JSON when
     a person gave one. `consent`: whether the customer's data may be used to improve the model; without it the line is
     counted, not kept. `group`: customer or conversation, so that one is never on both sides of a split. `license`: the
-    terms under which the text may be used, where there are any. Other fields are ignored."""
+    terms under which the text may be used, where there are any. `confidence`: how sure the model was of its answer, 0
+    to 1 (client.py: the least probability of a token); `tokens_in`, `tokens_out`: of prompt and answer; all three where
+    the server tells them. Other fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     request_id: str = Field(min_length=1)
@@ -36,6 +39,9 @@ class LogLine(BaseModel):
     correction: str | None = None
     group: str = ""
     license: str = ""
+    confidence: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    tokens_in: int | None = Field(None, ge=0)
+    tokens_out: int | None = Field(None, ge=0)
 
     @field_validator("time")
     @classmethod
@@ -43,10 +49,23 @@ class LogLine(BaseModel):
         return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
+class Served(NamedTuple):
+    """The figures of one request and nothing that was said in it: for the monitor and the ledger, which count them all."""
+
+    time: datetime
+    model_version: str
+    latency_s: float
+    parse_ok: bool
+    answered: bool
+    tokens_in: int | None
+    tokens_out: int | None
+
+
 @dataclass(frozen=True)
 class Logs:
     """The usable lines, and what was left out and why: `problems` as (file:line, reason), counts for the rest. `clock`
-    are kept lines whose time runs backwards; `dropped` is what the logger said it could not write."""
+    are kept lines whose time runs backwards; `dropped` is what the logger said it could not write; `served` are the
+    figures of every request, those without consent too."""
 
     lines: list[LogLine]
     problems: list[tuple[str, str]]
@@ -56,6 +75,7 @@ class Logs:
     dropped: int = 0
     clock: list[tuple[str, str]] = field(default_factory=list)
     ignored_fields: dict[str, int] = field(default_factory=dict)
+    served: list[Served] = field(default_factory=list)
 
     def table(self) -> list[dict]:
         """What became of the lines."""
@@ -123,7 +143,11 @@ def read_logs(path: Path) -> Logs:
     if problems and not lines:
         raise SlmError(f"{Path(path).parent / problems[0][0]}: {problems[0][1]}; no line of this file is a log line.")
     kept = [line for line in lines.values() if line.consent]
-    return Logs(kept, problems, read, len(lines) - len(kept), repeated, dropped, clock, dict(ignored))
+    served = [
+        Served(one.time, one.model_version, one.latency_s, one.parse_ok, bool(one.output), one.tokens_in, one.tokens_out)
+        for one in lines.values()
+    ]  # fmt: skip
+    return Logs(kept, problems, read, len(lines) - len(kept), repeated, dropped, clock, dict(ignored), served)
 
 
 def _lines(files: list[Path]) -> Iterator[tuple[str, bytes]]:
