@@ -1,6 +1,7 @@
 """What was spent (registry/costs.jsonl, one line per item) and the formulas that say whether a fine-tune pays."""
 
 import math
+from collections import Counter
 
 from slm import registry
 from slm.errors import SlmError
@@ -14,7 +15,6 @@ RATES = {  # what an hour costs, by item; a teacher is paid by the token
     "eval_inference_cost": "gpu_hourly_rate", "deployment_inference_cost": "serving_hourly_rate",
     "engineering_time": "engineering_hourly_rate",
 }  # fmt: skip
-SERVED = ("requests", "hours", "tokens_in", "tokens_out")  # what is booked of a day's requests
 
 
 def add(settings, item: str, money: float, **facts) -> dict:
@@ -45,34 +45,31 @@ def answered(settings, model, answers, seconds: float) -> None:
         add(settings, "eval_inference_cost", token_money(end, *used, flat), **facts)
 
 
-def serve(settings, served) -> list[dict]:
+def serve(settings, lines) -> list[dict]:
     """Book what answering cost, per day and model version: tokens at `production.endpoint`'s prices (in USD; requests
-    without a token count are not priced), else what the callers waited at `cost.serving_hourly_rate`. `served`: the
-    figures of a log (`Logs.served`). What a day has been booked for already is not booked again. Returns the new lines:
-    none for the invented sample log, and none before there is a rate."""
+    without a token count are not priced), else what the callers waited at `cost.serving_hourly_rate`. `lines`: all of a
+    log (`Logs.every`). What a day has been booked for already is not booked again. Returns the new entries: none for the
+    invented sample log, and none before there is a rate."""
     item, end, days = "deployment_inference_cost", settings.production.endpoint, {}
     priced = bool(end.usd_per_1m_input or end.usd_per_1m_output)
     if settings.production.logs.endswith(".sample.jsonl") or not priced and settings.cost.serving_hourly_rate is None:
         return []
-    for one in served:
-        if one.answered:
-            due = days.setdefault((str(one.time.date()), one.model_version), dict.fromkeys(SERVED, 0))
-            for key, value in zip(SERVED, (1, one.latency_s / 3600, one.tokens_in, one.tokens_out), strict=True):
-                due[key] += value or 0
+    for one in lines:
+        if one.output:
+            due = days.setdefault((str(one.time.date()), one.model_version), Counter())
+            due.update(requests=1, hours=one.latency_s / 3600, tokens_in=one.tokens_in or 0, tokens_out=one.tokens_out or 0)
+    booked = []
     with registry.locked(settings, "serving"):
-        for line in entries(settings, item):
-            for key in SERVED if (line.get("day"), line.get("model")) in days else ():
-                days[line["day"], line["model"]][key] -= line.get(key, 0)
-        lines = []
+        for entry in entries(settings, item):
+            if due := days.get((entry.get("day"), entry.get("model"))):
+                due.subtract({key: entry[key] for key in due})
         for (day, model), due in sorted(days.items()):
-            hours = max(0.0, due.pop("hours"))
-            facts = {"day": day, "model": model, **due}
-            if due["requests"] > 0 and priced:
-                money = token_money(end, due["tokens_in"], due["tokens_out"])
-                lines.append(add(settings, item, money, hours=round(hours, 5), **facts, currency="USD"))
-            elif due["requests"] > 0:
-                lines.append(add_hours(settings, item, hours, **facts))
-    return lines
+            if due["requests"] > 0:
+                facts = {"day": day, "model": model, **due, "hours": round(max(0.0, due["hours"]), 5)}
+                tokens = token_money(end, due["tokens_in"], due["tokens_out"])
+                money = tokens if priced else facts["hours"] * settings.cost.serving_hourly_rate
+                booked.append(add(settings, item, money, **facts, currency="USD" if priced else settings.cost.currency))
+    return booked
 
 
 def by_hand(settings, item: str, hours: float | None, money: float | None, note: str) -> dict:

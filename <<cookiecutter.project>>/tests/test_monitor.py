@@ -221,7 +221,7 @@ def test_the_unsure_and_the_strange_go_before_a_person_a_bounded_number(settings
 
 def booked(settings, *records):
     write(settings, *records)
-    return cost.serve(settings, read_logs(settings.path("log.jsonl")).served)
+    return cost.serve(settings, read_logs(settings.path("log.jsonl")).every)
 
 
 def test_serving_is_booked_once_per_request_without_consent_too(settings):
@@ -254,5 +254,5 @@ def test_nothing_is_booked_for_the_invented_log_or_without_a_rate(settings):
     bare = Settings.model_validate({"production": {"logs": "log.jsonl"}})
     bare._root = settings.root
     assert booked(bare, line(1)) == []
-    served = read_logs(settings.path("log.jsonl")).served
+    served = read_logs(settings.path("log.jsonl")).every
     assert cost.serve(made(settings.root, logs="data/raw/production_logs.sample.jsonl"), served) == []

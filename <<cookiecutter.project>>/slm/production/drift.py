@@ -37,7 +37,7 @@ class Texts:
 def texts_of(name: str, contract: Contract, said: Sequence[tuple[str, str]]) -> Texts:
     """At most MOST of the (text, answer) pairs, ready to be compared."""
     said = random.Random(0).sample(said, MOST) if len(said) > MOST else said
-    texts = [PLACEHOLDER.sub("", scrub(text)[0][0]) for text, _ in said]
+    texts = [_clean(text) for text, _ in said]
     labels = (contract.label(contract.parse(answer).value) for _, answer in said)
     return Texts(name, texts, [language(text) for text in texts], [label for label in labels if label])
 
@@ -68,12 +68,11 @@ def distances(settings, known: Texts, new: Texts) -> dict[str, dict]:
     language; 2 x accuracy - 1 is at most the total variation. Left out: what fewer than FEW on one side say."""
     from scipy.stats import ks_2samp
 
-    sizes = [[len(text) for text in side.texts] for side in (known, new)]
-    found = {}
-    if min(map(len, sizes)) >= FEW:
-        test, middle = ks_2samp(*sizes), [sorted(side)[len(side) // 2] for side in sizes]
-        moved = f"median {middle[0]} to {middle[1]} characters"
-        found["length"] = _line(test.statistic, test.pvalue, min(map(len, sizes)), moved)
+    n, found = min(len(known.texts), len(new.texts)), {}
+    if n >= FEW:
+        before, after = (sorted(map(len, side.texts)) for side in (known, new))
+        test, moved = ks_2samp(before, after), f"median {before[len(before) // 2]} to {after[len(after) // 2]} characters"
+        found["length"] = _line(test.statistic, test.pvalue, n, moved)
         found["language"] = _shares(known.languages, new.languages)
     if topic := _topic(known, new, settings.curate.embedder):
         found["topic"] = topic
@@ -83,13 +82,11 @@ def distances(settings, known: Texts, new: Texts) -> dict[str, dict]:
 
 
 def drift_table(settings, contract: Contract, lines: Sequence[LogLine]) -> list[dict]:
-    """A log's requests against the reference, a line for each kind of distance; what too few say has no value."""
+    """A log's requests against the reference, a line for each kind of distance; too few have no value."""
     known = reference(settings, contract)
     found = distances(settings, known, of_lines("", contract, lines)) if known else {}
-    facts = {name: found.get(name, {"value": f"fewer than {FEW} to compare", "p": "-", "moved": ""}) for name in KINDS}
-    against = known.name if known else "nothing to compare with"
-    return [{"drift": n, "distance": f["value"], "limit": settings.production.drift, "p": f["p"], "moved": f["moved"], "against": against}
-            for n, f in facts.items()]  # fmt: skip
+    none = {"value": None, "p": None, "n": len(lines), "moved": f"fewer than {FEW} on a side"}
+    return [{"distance": name, **found.get(name, none), "from the": known.name if known else "-"} for name in KINDS]
 
 
 def unlike(settings, known: Texts, lines: Sequence[LogLine]) -> list[tuple[float, str]]:
@@ -97,7 +94,7 @@ def unlike(settings, known: Texts, lines: Sequence[LogLine]) -> list[tuple[float
     as far out, in length, in its language, or from its nearest text (a conformal p-value, Bates et al. 2023)."""
     import numpy as np
 
-    texts = [PLACEHOLDER.sub("", scrub(line.input)[0][0]) for line in lines]
+    texts = [_clean(line.input) for line in lines]
     if not any(map(words, texts)) or not any(map(words, known.texts)):
         return [(1.0, "")] * len(lines)
     n, spoken, sizes = len(known.texts), Counter(known.languages), sorted(map(len, known.texts))
@@ -117,6 +114,10 @@ def unlike(settings, known: Texts, lines: Sequence[LogLine]) -> list[tuple[float
             what = min(counts, key=lambda name: counts[name])
             found.append((min(1.0, (1 + counts[what]) / (n + 1)), what))
     return found
+
+
+def _clean(text: str) -> str:
+    return PLACEHOLDER.sub("", scrub(text)[0][0])
 
 
 def _line(value: float, p: float, n: int, moved: str = "") -> dict:
@@ -143,9 +144,8 @@ def _topic(known: Texts, new: Texts, embedder: str) -> dict | None:
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.naive_bayes import MultinomialNB
 
-    spoken = Counter(code for code in known.languages if code)
-    main = max(spoken, key=lambda code: spoken[code], default="")
-    sides = [[t for t, code in zip(s.texts, s.languages, strict=True) if code == main] for s in (known, new)]
+    main = Counter(known.languages).most_common(1)[0][0]
+    sides = [[t for t, code in zip(s.texts, s.languages, strict=True) if code == main and words(t)] for s in (known, new)]
     n = min(MOST // 2, *map(len, sides))
     if n < FEW:
         return None

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from glob import escape
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -49,23 +48,11 @@ class LogLine(BaseModel):
         return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-class Served(NamedTuple):
-    """The figures of one request and nothing that was said in it: for the monitor and the ledger, which count them all."""
-
-    time: datetime
-    model_version: str
-    latency_s: float
-    parse_ok: bool
-    answered: bool
-    tokens_in: int | None
-    tokens_out: int | None
-
-
 @dataclass(frozen=True)
 class Logs:
     """The usable lines, and what was left out and why: `problems` as (file:line, reason), counts for the rest. `clock`
-    are kept lines whose time runs backwards; `dropped` is what the logger said it could not write; `served` are the
-    figures of every request, those without consent too."""
+    are kept lines whose time runs backwards; `dropped` is what the logger said it could not write; `every` are
+    all requests, for monitor and ledger: of those without consent the figures and not a word of text."""
 
     lines: list[LogLine]
     problems: list[tuple[str, str]]
@@ -75,7 +62,7 @@ class Logs:
     dropped: int = 0
     clock: list[tuple[str, str]] = field(default_factory=list)
     ignored_fields: dict[str, int] = field(default_factory=dict)
-    served: list[Served] = field(default_factory=list)
+    every: list[LogLine] = field(default_factory=list)
 
     def table(self) -> list[dict]:
         """What became of the lines."""
@@ -143,11 +130,9 @@ def read_logs(path: Path) -> Logs:
     if problems and not lines:
         raise SlmError(f"{Path(path).parent / problems[0][0]}: {problems[0][1]}; no line of this file is a log line.")
     kept = [line for line in lines.values() if line.consent]
-    served = [
-        Served(one.time, one.model_version, one.latency_s, one.parse_ok, bool(one.output), one.tokens_in, one.tokens_out)
-        for one in lines.values()
-    ]  # fmt: skip
-    return Logs(kept, problems, read, len(lines) - len(kept), repeated, dropped, clock, dict(ignored), served)
+    mute = [one.model_copy(update={"input": "", "output": "?" * bool(one.output), "correction": None}) for one in lines.values()]
+    every = [one if one.consent else silent for one, silent in zip(lines.values(), mute, strict=True)]
+    return Logs(kept, problems, read, len(lines) - len(kept), repeated, dropped, clock, dict(ignored), every)
 
 
 def _lines(files: list[Path]) -> Iterator[tuple[str, bytes]]:

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from slm.contract import Contract
+from slm.cost import token_money
 from slm.errors import SlmError
 from slm.evaluate.metrics import Result, cost_per_1k
 from slm.evaluate.release import load_report
 from slm.production import drift
-from slm.production.logs import CLOCK, Served, read_logs
+from slm.production.logs import CLOCK, LogLine, read_logs
 from slm.report import plots
 from slm.report.tables import markdown
 from slm.rows import write_json, write_text
 
-CONFIDENCE = 1 - drift.ALPHA  # of the intervals: a check in 200 that finds a regression is wrong
+CONFIDENCE = 1 - drift.ALPHA  # of the intervals: one check in 200 is a false alarm
 FEW = 30  # below this many requests nothing is called ok
 SHOWN = 12  # windows in the picture
 ERRORS, WAIT, PRICE = MEASURES = ("schema error rate", "latency p95 (s)", "cost per 1,000")
@@ -24,62 +25,53 @@ def watch(settings, contract: Contract, since: str = "", days: int = 0) -> dict:
     """Judge the requests from `since` (an ISO date) on, by default those of the log's last `days`, or
     `production.window_days`; writes monitor.md, .json and .png to outputs/monitor and returns what is in the second:
     figures, and no text of any request. A measure is a regression when its whole interval is past the limit, a distance
-    when it is past `production.drift` and no chance; past the limit, but perhaps by chance, is too few to say. Raises SlmError for a log or a date that cannot be read."""
+    when it is past `production.drift` and no chance; past the limit, but perhaps by chance, is too few to say. Raises
+    SlmError for a log or a date that cannot be read."""
     own, logs = settings.production, read_logs(settings.path(settings.production.logs))
     now = datetime.now(UTC)
-    served = [one for one in logs.served if one.time <= now + CLOCK] or logs.served
-    end, width = max((one.time for one in served), default=now), timedelta(days=days or own.window_days)
-    begin = _date(since) if since else end - width
-
-    def number(one) -> int:  # of its window: 0 is the newest
-        return 0 if one.time >= begin else 1 + int((begin - one.time) / width)
-
-    parts: dict[int, dict[str, list[Served]]] = {0: {}}
-    said: dict[int, list] = {}
-    for one in served:
-        parts.setdefault(number(one), {}).setdefault(one.model_version, []).append(one)
-    for line in logs.lines:
-        if line.time <= end:
-            said.setdefault(number(line), []).append(line)
+    lines = [one for one in logs.every if one.time <= now + CLOCK] or logs.every
+    end, width = max((one.time for one in lines), default=now), timedelta(days=days or own.window_days)
+    begin, parts = _date(since) if since else end - width, {0: []}
+    for one in lines:  # window 0 is the newest
+        parts.setdefault(0 if one.time >= begin else 1 + int((begin - one.time) / width), []).append(one)
+    said = {k: [one for one in part if one.consent] for k, part in parts.items()}
     known = drift.reference(settings, contract)
     if own.reference == "first window":
         first = max((k for k in said if k and len(said[k]) >= drift.FEW), default=None)
-        known = None if first is None else drift.of_lines("the log's first window", contract, said[first])
+        known = None if first is None else drift.of_lines("log's first window", contract, said[first])
     windows = []
-    for k in sorted(parts)[:SHOWN]:
-        ends = (begin - k * width, begin - (k - 1) * width) if k else (begin, end)
-        shift = drift.distances(settings, known, drift.of_lines("", contract, said[k])) if known and k in said else {}
-        measured = {model: measure(settings, part) for model, part in parts[k].items()}
-        windows.append({"from": ends[0].isoformat(), "to": ends[1].isoformat(), "models": measured, "drift": shift})
-    lines = []
-    for model, part in parts[0].items():
-        first = max((k for k in parts if k and len(parts[k].get(model, ())) >= FEW), default=None)
-        before = None if first is None else measure(settings, parts[first][model])
-        lines += [_judge(settings, model, name, windows[0]["models"][model][name], before, len(part)) for name in MEASURES]
-    texts = len(said.get(0, ()))
-    lines += [_distance(settings, name, windows[0]["drift"].get(name), texts) for name in drift.KINDS]
-    count = sum(map(len, parts[0].values()))
+    for k in sorted(parts):
+        models = {m: measure(settings, [one for one in parts[k] if one.model_version == m]) for m in _models(parts[k])}
+        shift = known and len(windows) < SHOWN and drift.distances(settings, known, drift.of_lines("", contract, said[k]))
+        edge = begin - (k - 1) * width if k else end
+        windows.append({"from": (begin - k * width).isoformat(), "to": edge.isoformat(), "models": models, "drift": shift or {}})
+    judged = []
+    for model, found in windows[0]["models"].items():
+        earlier = (w["models"][model] for w in windows[:0:-1] if model in w["models"])
+        first = next((one for one in earlier if one[ERRORS]["n"] >= FEW), {})
+        judged += [_judge(settings, model, name, found[name], first.get(name)) for name in MEASURES]
+    judged += [_distance(settings, name, windows[0]["drift"].get(name), len(said[0])) for name in drift.KINDS]
+    against = f"the {known.name} ({len(known.texts)})" if known else "nothing: there is nothing to compare with"
     notes = [
-        f"{count} requests from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, of {len(logs.served)} in the log; {texts} may be read for drift.",
-        f"Drift is measured against {known.name} ({len(known.texts)})." if known else "Drift is not measured: nothing to compare with.",
-        *[f"Lines torn or invalid: {len(logs.problems)}, the first at {place}: {why}." for place, why in logs.problems[:1]],
-        *[f"Time runs backwards: {len(logs.clock)}, first at {place}: {why}." for place, why in logs.clock[:1]],
-        *[f"Left out, dated in the future: {len(logs.served) - len(served)}."] * (len(served) < len(logs.served)),
+        f"{len(parts[0])} requests from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, of {len(logs.every)} in the log.",
+        f"Drift of {len(said[0])} that may be read, against {against}.",
+        *[f"Lines torn or invalid: {len(logs.problems)}, the first at {place}: {why}" for place, why in logs.problems[:1]],
+        *[f"Time runs backwards: {len(logs.clock)}, first at {place}: {why}" for place, why in logs.clock[:1]],
+        *[f"Left out, dated in the future: {len(logs.every) - len(lines)}."] * (len(lines) < len(logs.every)),
         *[f"Never written, the logger says: {logs.dropped}."] * bool(logs.dropped),
-        *[f"The newest request is {(now - end).days} days old."] * (bool(served) and now - end > width),
-        *["No request in this window: nothing can be said."] * (not count),
-        *[f"One model version: {model}." for model in parts[0] if len(parts[0]) == 1],
+        *[f"The newest request is {(now - end).days} days old."] * (bool(lines) and now - end > width),
+        *[f"One model version: {model}." for model in windows[0]["models"] if len(windows[0]["models"]) == 1],
+        *["No request in this window: nothing can be said."] * (not parts[0]),
     ]  # fmt: skip
-    found = {"notes": notes, "lines": lines, "currency": _money(settings)[1], "windows": windows, "limit": own.drift}
-    folder = settings.path("outputs/monitor")
-    picture = plots.monitor(found, MEASURES, folder / "monitor.png")
+    found = {"notes": notes, "lines": judged, "currency": _money(settings)[1], "windows": windows[:SHOWN], "limit": own.drift}
+    folder, text = settings.path("outputs/monitor"), "\n".join(f"- {note}" for note in notes)
+    plots.monitor(found, MEASURES, folder / "monitor.png")
     write_json(folder / "monitor.json", found)
-    text = "\n".join(f"- {note}" for note in notes)
-    write_text(folder / "monitor.md", f"# Monitor\n\n{text}\n\n{markdown(table(found))}\n![over time]({picture.name})\n")
+    write_text(folder / "monitor.md", f"# Monitor\n\n{text}\n\n{markdown(table(found))}\n![over time](monitor.png)\n")
     return found
 
 
-def measure(settings, served: Sequence[Served]) -> dict[str, dict | None]:
+def measure(settings, lines: Sequence[LogLine]) -> dict[str, dict | None]:
     """Of the requests of one model: the share that could not be used (Clopper & Pearson 1934), the wait that 95 % stay
     below, and the price by the reports' formula; as {"value", "low", "high", "n"}, None where nothing is known. Waits
     and prices are of requests that were answered."""
@@ -87,20 +79,20 @@ def measure(settings, served: Sequence[Served]) -> dict[str, dict | None]:
     from scipy.stats import norm
     from statsmodels.stats.proportion import proportion_confint
 
-    bad, n = sum(not one.parse_ok for one in served), len(served)
-    low, high = proportion_confint(bad, n, alpha=1 - CONFIDENCE, method="beta")
-    answered, (end, _) = [one for one in served if one.answered], _money(settings)
+    bad, n, (end, _) = sum(not one.parse_ok for one in lines), len(lines), _money(settings)
+    answered = [one for one in lines if one.output]
     waits = [one.latency_s for one in answered]
-    found = {ERRORS: _facts(bad / n, low, high, n), WAIT: quantile(waits, 0.95), PRICE: None}
-    if end is None and (middle := quantile(waits, 0.5)):
-        each = [cost_per_1k(settings, _result(latency_p50_s=middle[key])) for key in ("value", "low", "high")]
-        found[PRICE] = None if each[0] is None else _facts(*each, len(waits))
-    counted = [one for one in answered if None not in (one.tokens_in, one.tokens_out)] if end else []
-    if len(counted) > 1:
-        each = [cost_per_1k(settings, _result(prompt_tokens=o.tokens_in, completion_tokens=o.tokens_out), end) for o in counted]
-        mean, reach = np.mean(each), norm.ppf((1 + CONFIDENCE) / 2) * np.std(each, ddof=1) / len(each) ** 0.5
-        found[PRICE] = _facts(mean, mean - reach, mean + reach, len(each))
-    return found
+    middle = None if end else quantile(waits, 0.5)
+    found = {ERRORS: _facts(bad / n, *proportion_confint(bad, n, alpha=1 - CONFIDENCE, method="beta"), n), WAIT: quantile(waits, 0.95)}
+    if middle:
+        each = [cost_per_1k(settings, Result(name="", set="", latency_p50_s=middle[key])) for key in ("value", "low", "high")]
+        return found | {PRICE: None if each[0] is None else _facts(*each, len(waits))}
+    counted = [(one.tokens_in, one.tokens_out) for one in answered if None not in (one.tokens_in, one.tokens_out)]
+    each = [1000 * token_money(end, *tokens) for tokens in counted if end]
+    if len(each) < 2:
+        return found | {PRICE: None}
+    mean, reach = np.mean(each), norm.ppf((1 + CONFIDENCE) / 2) * np.std(each, ddof=1) / len(each) ** 0.5
+    return found | {PRICE: _facts(mean, mean - reach, mean + reach, len(each))}
 
 
 def quantile(values: Sequence[float], q: float) -> dict | None:
@@ -119,27 +111,25 @@ def quantile(values: Sequence[float], q: float) -> dict | None:
 def table(found: dict) -> list[dict]:
     """The judged measures as short text, a line each."""
 
-    def cell(line: dict, key: str) -> str:
-        if (value := line.get(key)) is None:
-            return "-"
-        return f"{value:.2%}" if line["measure"] == ERRORS else f"{value:.4f}" if line["measure"] == PRICE else f"{value:.2f}"
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
 
     shown = []
     for line in found["lines"]:
-        between = f"{cell(line, 'low')} to {cell(line, 'high')}" if "low" in line else f"p {line['p']:.2g}" if "p" in line else "-"
-        names = {"model": line["model"], "measure": line["measure"], "requests": line["n"], "value": cell(line, "value")}
-        more = {"interval": between, "before": cell(line, "before"), "limit": cell(line, "limit"), "verdict": line["verdict"]}
+        span = f"{cell(line['low'])} to {cell(line['high'])}" if "low" in line else f"p = {line['p']:.2g}" if "p" in line else "-"
+        unit = f" ({found['currency']})" * (line["measure"] == PRICE)
+        names = {"model": line["model"], "measure": line["measure"] + unit, "requests": line["n"], "value": cell(line["value"])}
+        more = {"interval": span, "before": cell(line.get("before")), "limit": cell(line["limit"]), "verdict": line["verdict"]}
         shown.append(names | more | {"moved": line.get("moved", "")})
     return shown
 
 
-def _judge(settings, model: str, name: str, metric: dict | None, first: dict | None, n: int) -> dict:
+def _judge(settings, model: str, name: str, metric: dict | None, before: dict | None) -> dict:
     """A measure against its limit: what was promised, and where the log has an earlier window of this model, no more
     than `production.tolerance` above that. Else "before" is the released run's figure, for a lone caller on this side
     of the network, and bounds nothing."""
     task, gates = settings.task, settings.gates
     limit = {ERRORS: 1 - gates.schema_validity, WAIT: task.target_latency_ms / 1000, PRICE: task.target_cost_per_1k}[name]
-    before = (first or {}).get(name)
     if before and name != ERRORS:
         limit = min(limit, (1 + settings.production.tolerance) * before["value"])
     facts = {"before": before["value"] if before else _released(settings, model).get(name), "limit": limit}
@@ -147,7 +137,11 @@ def _judge(settings, model: str, name: str, metric: dict | None, first: dict | N
         verdict = "not measured"
     else:  # past the limit by its value alone: more requests would tell
         verdict = BAD if metric["low"] > limit else SHORT if metric["n"] < FEW or metric["value"] > limit else "ok"
-    return {"model": model, "measure": name, "n": n, "value": None, **(metric or {}), **facts, "verdict": verdict}
+    return {"model": model, "measure": name, **(metric or {"value": None, "n": 0}), **facts, "verdict": verdict}
+
+
+def _models(lines: Sequence[LogLine]) -> list[str]:
+    return list(dict.fromkeys(one.model_version for one in lines))
 
 
 def _distance(settings, name: str, facts: dict | None, n: int) -> dict:
@@ -174,10 +168,6 @@ def _money(settings) -> tuple:
     """The endpoint that is paid by the token, or None; and the currency of its prices, or of the rates."""
     end = settings.production.endpoint
     return (end, "USD") if end.usd_per_1m_input or end.usd_per_1m_output else (None, settings.cost.currency)
-
-
-def _result(**facts) -> Result:
-    return Result(name="", set="", **facts)
 
 
 def _facts(value: float, low: float, high: float, n: int) -> dict:

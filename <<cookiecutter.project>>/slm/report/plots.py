@@ -135,9 +135,10 @@ def reliability(result: Result, path: Path) -> Path:
 def monitor(found: dict, measures: Sequence[str], path: Path) -> Path:
     """Four panels over the windows of a log (slm.production.monitor): three measures by model version, and the
     distances from the reference; limits dashed."""
-    from datetime import datetime
+    from datetime import datetime, timedelta
 
     figure, windows = _figure(10, 6.4), found["windows"][::-1]
+    ends = sorted(datetime.fromisoformat(window[end]) for window in windows for end in ("from", "to"))
     panels = figure.subplots(2, 2).ravel()
     limits = [{line["limit"] for line in found["lines"] if line["measure"] == name} for name in measures]
     models = list(dict.fromkeys(model for window in windows for model in window["models"]))[-6:]
@@ -156,6 +157,7 @@ def monitor(found: dict, measures: Sequence[str], path: Path) -> Path:
         for n, bound in enumerate(sorted(bounds)):
             axes.axhline(bound, color="#c53030", ls="--", lw=1, label=None if n else "limit")
         axes.set_ylim(bottom=0)
+        axes.set_xlim(ends[0], ends[-1] + timedelta(days=1))
         axes.set_ylabel(unit, fontsize=9)
         axes.tick_params(axis="x", rotation=30, labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
