@@ -214,7 +214,7 @@ def test_the_unsure_and_the_strange_go_before_a_person_a_bounded_number(settings
     assert why[:3] == ["low confidence"] * 3 and [record["request_id"] for record in queue[:3]] == ["u0", "u1", "u2"]
     for what, records in zip(("length", "language", "topic"), odd, strict=True):
         chosen = [r["request_id"] for r in queue if r["why"] == f"unlike the training rows in data/accepted: {what}"]
-        assert 2 <= len(chosen) <= 3 and {r["request_id"] for r in records} >= set(chosen), (what, why)
+        assert len(chosen) <= 3 and len({r["request_id"] for r in records} & set(chosen)) >= 2, (what, why)
     settings.path("data/accepted/train.jsonl").unlink()
     assert {r["why"] for r in sample(own, CONTRACT, lines).review} == {"low confidence"}
 

@@ -86,7 +86,7 @@ def drift_table(settings, contract: Contract, lines: Sequence[LogLine]) -> list[
     known = reference(settings, contract)
     found = distances(settings, known, of_lines("", contract, lines)) if known else {}
     none = {"value": None, "p": None, "n": len(lines), "moved": f"fewer than {FEW} on a side"}
-    return [{"distance": name, **found.get(name, none), "from the": known.name if known else "-"} for name in KINDS]
+    return [{"distance": name, **found.get(name, none), "from the": known.name if known else "(nothing to compare with)"} for name in KINDS]
 
 
 def unlike(settings, known: Texts, lines: Sequence[LogLine]) -> list[tuple[float, str]]:
