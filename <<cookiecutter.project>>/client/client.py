@@ -4,6 +4,7 @@ Works anywhere beside contract.json, which 08_export writes; needs Python and `p
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import threading
@@ -75,7 +76,9 @@ def ask(contract: dict, text: str, log=None, **facts) -> dict:
     A `log` (log.py) gets a line of it, whatever comes; `facts` are what Log.write takes: consent, group, request_id."""
     begin, answer, value = time.perf_counter(), [], None
     try:
-        value = _read(contract, post(contract, text), answer)
+        reply = post(contract, text)
+        facts = told(reply) | facts
+        value = _read(contract, reply, answer)
         return value
     finally:
         if log:
@@ -83,6 +86,20 @@ def ask(contract: dict, text: str, log=None, **facts) -> dict:
             with LOCK:  # two models, one log: the line names the one that answered
                 log.model_version = contract["version"]
                 log.write(text, "".join(answer), waited, value is not None, **facts)
+
+
+def told(reply: dict) -> dict:
+    """What the log keeps of a reply beside the answer: the tokens of prompt and answer, and as confidence the least
+    probability that the model gave to a token of its answer; nothing of what the server does not say."""
+    found = {}
+    try:
+        usage = reply.get("usage") or {}
+        counts = {"tokens_in": usage.get("prompt_tokens"), "tokens_out": usage.get("completion_tokens")}
+        found = {name: count for name, count in counts.items() if type(count) is int and count >= 0}
+        least = math.exp(min(piece["logprob"] for piece in reply["choices"][0]["logprobs"]["content"]))
+        return found | ({"confidence": round(least, 4)} if least <= 1 else {})
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
+        return found
 
 
 def _read(contract: dict, reply: dict, seen: list[str]) -> dict:

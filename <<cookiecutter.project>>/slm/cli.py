@@ -216,6 +216,24 @@ def forget(
 
 
 @app.command()
+def monitor(
+    since: Annotated[str, typer.Option(help="From this date on, as 2026-11-20; by default the log's last days.")] = "",
+    days: Annotated[int, typer.Option(help="Length of a window; by default production.window_days.", min=0)] = 0,
+    s: Annotated[list[str] | None, typer.Option("-s", help="A setting, key=value; repeatable.")] = None,
+    config: Config = "project.yaml",
+) -> None:
+    """Judge the newest requests of the log: errors, latency, cost, drift; exit 1 on a regression."""
+    from slm.production.monitor import BAD, table, watch
+    from slm.report.tables import markdown
+
+    settings = load_settings(config, "default", dict(parse_override(item) for item in s or []))
+    found = watch(settings, project_contract(settings), since, days)
+    print(*found["notes"], "", markdown(table(found)), "Wrote outputs/monitor/monitor.md, .json and .png", sep="\n")
+    if bad := [f"{line['measure']} ({line['model']})" for line in found["lines"] if line["verdict"] == BAD]:
+        raise SlmError(f"{len(bad)} regression{'s'[: len(bad) - 1]}: {', '.join(bad)}.")
+
+
+@app.command()
 def compare(run_a: str, run_b: str, config: Config = "project.yaml") -> None:
     """Run B against run A, paired on every set that both answered; refused where rows, sets or contract differ."""
     from slm.report import compare as comparison

@@ -1,6 +1,7 @@
 """What was spent (registry/costs.jsonl, one line per item) and the formulas that say whether a fine-tune pays."""
 
 import math
+from collections import Counter
 
 from slm import registry
 from slm.errors import SlmError
@@ -42,6 +43,33 @@ def answered(settings, model, answers, seconds: float) -> None:
     else:
         flat = settings.cost.larger_price_per_1m_tokens if end == settings.model.larger else 0.0
         add(settings, "eval_inference_cost", token_money(end, *used, flat), **facts)
+
+
+def serve(settings, lines) -> list[dict]:
+    """Book what answering cost, per day and model version: tokens at `production.endpoint`'s prices (in USD; requests
+    without a token count are not priced), else what the callers waited at `cost.serving_hourly_rate`. `lines`: all of a
+    log (`Logs.every`). What a day has been booked for already is not booked again. Returns the new entries: none for the
+    invented sample log, and none before there is a rate."""
+    item, end, days = "deployment_inference_cost", settings.production.endpoint, {}
+    priced = bool(end.usd_per_1m_input or end.usd_per_1m_output)
+    if settings.production.logs.endswith(".sample.jsonl") or not priced and settings.cost.serving_hourly_rate is None:
+        return []
+    for one in lines:
+        if one.output:
+            due = days.setdefault((str(one.time.date()), one.model_version), Counter())
+            due.update(requests=1, hours=one.latency_s / 3600, tokens_in=one.tokens_in or 0, tokens_out=one.tokens_out or 0)
+    booked = []
+    with registry.locked(settings, "serving"):
+        for entry in entries(settings, item):
+            if due := days.get((entry.get("day"), entry.get("model"))):
+                due.subtract({key: entry[key] for key in due})
+        for (day, model), due in sorted(days.items()):
+            if due["requests"] > 0:
+                facts = {"day": day, "model": model, **due, "hours": round(max(0.0, due["hours"]), 5)}
+                tokens = token_money(end, due["tokens_in"], due["tokens_out"])
+                money = tokens if priced else facts["hours"] * settings.cost.serving_hourly_rate
+                booked.append(add(settings, item, money, **facts, currency="USD" if priced else settings.cost.currency))
+    return booked
 
 
 def by_hand(settings, item: str, hours: float | None, money: float | None, note: str) -> dict:

@@ -257,6 +257,14 @@ class Production(Section):
     random_share: float = Field(0.1, ge=0, le=1)  # of the unremarkable requests, for a person to look at
     holdout_first: int = Field(8, ge=0)  # corrected failures that the holdout gets before training gets any
     eval_share: float = Field(0.5, gt=0, le=1)  # of the groups after that; the rest are training candidates
+    low_confidence: float = Field(0.5, ge=0, le=1)  # requests that the log says were answered less surely: to review
+    review_most: int = Field(20, ge=0)  # requests of low confidence, and as many of each kind of drift, to review at once
+    # The monitor: windows of so many days; the newest may be this much worse than the model's first, as a share.
+    window_days: int = Field(7, ge=1)
+    tolerance: float = Field(0.5, ge=0)
+    drift: float = Field(0.2, ge=0, le=1)  # distance of length, language, topic or categories from the reference
+    reference: Literal["training rows", "first window"] = "training rows"  # what drift is measured against
+    endpoint: Endpoint = Endpoint()  # where the released model is hosted by the token: its prices, for ledger and monitor
     seed: int = 0
     router: str = "client/router.json"  # what `canary` writes and the client reads
     canary: Canary = Canary()

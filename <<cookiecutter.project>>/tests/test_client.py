@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -152,6 +153,38 @@ def test_golden_rows_score_the_same_through_server_and_client_as_in_process(clie
     assert [s.value for s in there] == [s.value for s in here]
 
 
+def test_the_log_of_a_real_server_is_judged_sampled_and_booked(client, folder, url, project):
+    """Guards against a monitor that only knows planted logs: client, logger and server as shipped, twelve requests with
+    probabilities and one that nobody answers."""
+    from slm import cost
+    from slm.production import read_logs, sample, watch
+    from slm.settings import load_settings
+
+    spec = importlib.util.spec_from_file_location("log", folder / "log.py")
+    logger = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(logger)
+    contract = client.load() | {"url": url}
+    contract["sampling"] |= {"logprobs": True, "top_logprobs": 1}
+    rates = {"production.logs": "asked.jsonl", "production.low_confidence": 1, "production.random_share": 0, "cost.serving_hourly_rate": 1}
+    settings = load_settings(start=project[0].root, overrides=rates)
+    with logger.Log(settings.path("asked.jsonl"), contract["version"]) as log:
+        for n in range(12):
+            client.ask(contract, f"The sky at {n} o'clock.", log, consent=n != 3)
+        with pytest.raises(client.ClientError):
+            client.ask(contract | {"url": "http://127.0.0.1:9/v1"}, "The sea.", log, consent=True)
+    logs = read_logs(settings.path("asked.jsonl"))
+    answered = [one for one in logs.every if one.output]
+    assert not logs.problems and len(answered) == 12 and len(logs.lines) == 12 and logs.no_consent == 1
+    assert all(0 < one.confidence < 1 and one.tokens_in > 20 and one.tokens_out > 5 for one in answered)
+    assert len(set(one.confidence for one in answered)) > 1
+    errors, wait, price = watch(settings, SHORT)["lines"][:3]
+    assert (errors["n"], errors["value"], errors["verdict"]) == (13, pytest.approx(1 / 13), "too few")
+    assert wait["n"] == 12 and 0 < wait["value"] < 60 and price["value"] == pytest.approx(statistics.median(one.latency_s for one in answered) / 3.6)
+    why = [record["why"] for record in sample(settings, SHORT, logs.lines).review]
+    assert why.count("low confidence") == 11 and why.count("failure without a correction") == 1
+    assert [line["requests"] for line in cost.serve(settings, logs.every)] == [12] and cost.serve(settings, logs.every) == []
+
+
 def test_another_system_prompt_at_the_server_is_named(client, url):
     """Guards against garbage answers from a server that renders another prompt than training did."""
     with pytest.raises(client.ClientError, match="another chat template, system prompt"):
@@ -215,7 +248,20 @@ def test_every_request_reaches_the_log(client, lying):
     assert [(text, output, ok) for text, output, _, ok, _ in lines] == [
         ("Blood.", '{"colour": "red", "sure": true}', True), ("Blood.", "Red, I think.", False), ("Blood.", "", False),
     ]  # fmt: skip
-    assert lines[0][2] > 0 and lines[1][4] == {"consent": False, "group": "c1"} and contract["version"] == "t f16"
+    assert lines[0][2] > 0 and lines[2][4] == {"consent": False, "group": "c1"} and contract["version"] == "t f16"
+
+
+@pytest.mark.parametrize("reply, kept", [
+    ({"usage": {"prompt_tokens": 40, "completion_tokens": 9}, "choices": [{"logprobs": {"content": [{"logprob": -0.1}, {"logprob": -0.7}]}}]},
+     {"tokens_in": 40, "tokens_out": 9, "confidence": 0.4966}),
+    ({"choices": [{"logprobs": {"content": [{"logprob": float("-inf")}]}}]}, {"confidence": 0.0}),
+    ({"usage": {"prompt_tokens": "40"}, "choices": [{"logprobs": None}]}, {}), ({"choices": [{"logprobs": {"content": [{"logprob": None}]}}]}, {}),
+    ({"choices": [{"logprobs": {"content": [{"logprob": float("nan")}]}}]}, {}), ({"choices": [{"logprobs": {"content": [{"logprob": 900}]}}]}, {}),
+    ({"choices": []}, {}), (["?"], {}),
+])  # fmt: skip
+def test_what_the_server_says_of_tokens_and_probabilities_is_kept(client, reply, kept):
+    """Guards against an odd reply that costs the answer its line, and figures in the log that no reader takes."""
+    assert client.told(reply) == kept
 
 
 def test_older_form_of_constraint_is_tried(client, lying):

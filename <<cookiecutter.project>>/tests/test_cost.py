@@ -239,3 +239,12 @@ def test_before_training_the_target_stands_for_what_is_not_measured(settings):
     assert found["verdict"].startswith("Do not ship") and not registry.read(poor, "costs")
     assert found["own"]["tokens per request"] == found["other"]["tokens per request"] > 10
     assert found["own"]["per month"] == pytest.approx(1e6 * 2.0 / 3600 * 50)
+
+
+def test_what_serving_has_cost_is_no_investment_to_win_back(tmp_path):
+    """A break-even month that moves away with every month in service: the month's cost has serving in it already."""
+    settings = made(tmp_path, **RATES)
+    cost.add(settings, "engineering_time", 4000)
+    cost.add(settings, "deployment_inference_cost", 700)
+    found = case(settings)
+    assert found["spent"] == 4000 and "back in month 3" in found["verdict"] and found["ledger"][-1]["project"] == 4700

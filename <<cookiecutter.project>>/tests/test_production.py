@@ -130,6 +130,7 @@ def test_a_clock_set_back_is_told_and_no_line_is_lost(settings):
 @pytest.mark.parametrize("record", [
     {"ada@corp.com": 1}, {"request_id": "ada@corp.com", "input": ["ada@corp.com"]}, line(1, time="ada@corp.com"), ["ada@corp.com"],
     "ada@corp.com", None, line(1, latency_s=float("nan")), line(1, latency_s=-1), line(1, request_id=""), {"dropped": "ada@corp.com"},
+    line(1, confidence=1.5), line(1, confidence="ada@corp.com"), line(1, tokens_in=-1),
 ])  # fmt: skip
 def test_a_wrong_schema_is_told_without_its_content(settings, record):
     """Guards against personal data in an error message, and against figures that spoil every mean."""

@@ -22,7 +22,9 @@ class LogLine(BaseModel):
     waited. `parse_ok`: whether the caller could use the answer. `correction`: the right answer as contract JSON when
     a person gave one. `consent`: whether the customer's data may be used to improve the model; without it the line is
     counted, not kept. `group`: customer or conversation, so that one is never on both sides of a split. `license`: the
-    terms under which the text may be used, where there are any. Other fields are ignored."""
+    terms under which the text may be used, where there are any. `confidence`: how sure the model was of its answer, 0
+    to 1 (client.py: the least probability of a token); `tokens_in`, `tokens_out`: of prompt and answer; all three where
+    the server tells them. Other fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     request_id: str = Field(min_length=1)
@@ -36,6 +38,9 @@ class LogLine(BaseModel):
     correction: str | None = None
     group: str = ""
     license: str = ""
+    confidence: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    tokens_in: int | None = Field(None, ge=0)
+    tokens_out: int | None = Field(None, ge=0)
 
     @field_validator("time")
     @classmethod
@@ -46,7 +51,8 @@ class LogLine(BaseModel):
 @dataclass(frozen=True)
 class Logs:
     """The usable lines, and what was left out and why: `problems` as (file:line, reason), counts for the rest. `clock`
-    are kept lines whose time runs backwards; `dropped` is what the logger said it could not write."""
+    are kept lines whose time runs backwards; `dropped` is what the logger said it could not write; `every` are
+    all requests, for monitor and ledger: of those without consent the figures and not a word of text."""
 
     lines: list[LogLine]
     problems: list[tuple[str, str]]
@@ -56,6 +62,7 @@ class Logs:
     dropped: int = 0
     clock: list[tuple[str, str]] = field(default_factory=list)
     ignored_fields: dict[str, int] = field(default_factory=dict)
+    every: list[LogLine] = field(default_factory=list)
 
     def table(self) -> list[dict]:
         """What became of the lines."""
@@ -123,7 +130,9 @@ def read_logs(path: Path) -> Logs:
     if problems and not lines:
         raise SlmError(f"{Path(path).parent / problems[0][0]}: {problems[0][1]}; no line of this file is a log line.")
     kept = [line for line in lines.values() if line.consent]
-    return Logs(kept, problems, read, len(lines) - len(kept), repeated, dropped, clock, dict(ignored))
+    mute = [one.model_copy(update={"input": "", "output": "?" * bool(one.output), "correction": None}) for one in lines.values()]
+    every = [one if one.consent else silent for one, silent in zip(lines.values(), mute, strict=True)]
+    return Logs(kept, problems, read, len(lines) - len(kept), repeated, dropped, clock, dict(ignored), every)
 
 
 def _lines(files: list[Path]) -> Iterator[tuple[str, bytes]]:

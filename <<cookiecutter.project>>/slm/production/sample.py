@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from slm.contract import Contract
+from slm.production import drift
 from slm.production.logs import LogLine
 from slm.registry import SETS
 from slm.rows import Row, digest, iter_lines, make_row, plain, read_rows, write_jsonl, write_rows
@@ -19,7 +20,8 @@ _GENERATED = "data/generated/production.jsonl"
 @dataclass
 class Sample:
     """The sorted requests. `review` are those that a person must label first: failures without correction, corrections
-    that break the contract, and the random share, the only look at failures that nobody noticed."""
+    that break the contract, answers of low confidence, requests unlike the reference of `slm.production.drift`, and the
+    random share, the only look at failures that nobody noticed."""
 
     holdout: list[Row] = field(default_factory=list)
     training: list[Row] = field(default_factory=list)
@@ -39,14 +41,16 @@ class Sample:
 def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
     """Sort scrubbed log lines. A corrected failure is a row; its group decides where, and once decided for good. The
     first `production.holdout_first` go to the holdout, then a hash of the group (with the seed) sends
-    `production.eval_share` of the groups there. A text that stands in an evaluation set goes nowhere else."""
+    `production.eval_share` of the groups there. A text that stands in an evaluation set goes nowhere else. Of what seems
+    right `production.random_share` is reviewed, and of the rest the least sure and the farthest from the reference, at
+    most `production.review_most` for each reason."""
     own, found = settings.production, Sample()
     held, trained = rows_of(settings)
     taken = {row.meta.provenance.get("request_id") for row in (*held, *trained)}
     sides = {row.meta.group: "training" for row in trained} | {row.meta.group: "holdout" for row in held}
     texts = {plain(row.user) for name in SETS for row in _rows(settings, f"data/eval/{name}.jsonl")}
     sides |= {_group(row.user): "holdout" for row in held} | {_group(row.user): "training" for row in trained}
-    rng = random.Random(own.seed)
+    rng, unremarkable = random.Random(own.seed), []
     for line in sorted(lines, key=lambda one: one.request_id):
         lucky = rng.random() < own.random_share  # drawn for every line, so that one line more moves no other
         if line.request_id in taken:
@@ -59,6 +63,8 @@ def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
         if row is None:
             if why or lucky:
                 found.review.append(_review(line, why or "random share"))
+            else:
+                unremarkable.append(line)
             continue
         # One text under two customers must not part either: the text's own side wins.
         side = sides.get(_group(line.input)) or sides.get(row.meta.group)
@@ -71,6 +77,7 @@ def sample(settings, contract: Contract, lines: Sequence[LogLine]) -> Sample:
             continue
         sides[row.meta.group] = sides[_group(line.input)] = side
         (found.holdout if side == "holdout" else found.training).append(row)
+    found.review += [_review(line, why) for line, why in _doubtful(settings, contract, unremarkable)]
     return found
 
 
@@ -97,6 +104,21 @@ def rows_of(settings) -> tuple[list[Row], list[Row]]:
     accepted = [r for r in _rows(settings, "data/accepted/all.jsonl") if r.meta.source == "production"]
     training = {row.id: row for row in _rows(settings, _GENERATED) + accepted}
     return _rows(settings, HOLDOUT), list(training.values())
+
+
+def _doubtful(settings, contract: Contract, lines: Sequence[LogLine]) -> list[tuple[LogLine, str]]:
+    """What a person should see of the requests that nothing speaks against: the least sure, then the farthest out."""
+    own = settings.production
+    sure, known = [line.confidence or float(line.confidence is None) for line in lines], drift.reference(settings, contract)
+    unsure = sorted((one, n) for n, one in enumerate(sure) if one < own.low_confidence)[: own.review_most]
+    found = [(lines[n], "low confidence") for _, n in unsure]
+    left = [line for line, one in zip(lines, sure, strict=True) if one >= own.low_confidence]
+    far = zip(left, drift.unlike(settings, known, left) if known else (), strict=False)
+    far = sorted((p, line.request_id, what, line) for line, (p, what) in far if p <= drift.FAR)
+    for what in dict.fromkeys(what for _, _, what, _ in far):
+        most = [line for _, _, other, line in far if other == what][: own.review_most]
+        found += [(line, f"unlike the {known.name}: {what}") for line in most]
+    return found
 
 
 def _row(contract: Contract, line: LogLine) -> tuple[Row | None, str]:

@@ -4,7 +4,7 @@ By pattern and check sum always; names, by presidio, where that is installed. Po
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from importlib import import_module
 
 from slm.curate import privacy
@@ -18,8 +18,19 @@ _NAMES = {
     "a secret key": "SECRET", "a payment card number": "CARD", "a bank account number": "IBAN", 
     "a US social security number": "SSN", "an international phone number": "PHONE",
 }  # fmt: skip
-_LANGUAGES = ("en", "de", "fr", "es", "it", "nl", "pt", "pl")  # told apart by their commonest words
-_PLACEHOLDER = re.compile(r"\[[A-Z]+_\d+\]")
+COMMON = {  # the commonest small words, by which languages are told apart
+    code: frozenset(said.split()) for code, said in {
+        "en": "the and is to of in it you that for on my was with not are this have can do your please i we be how what",
+        "de": "der die das und ist nicht ich sie wir mit ein eine für auf zu den von bitte mein wie kann habe es im wo",
+        "fr": "le la les et est de des je vous nous pas une un pour dans que qui mon ma avec sur ne au du ce il j",
+        "es": "el la los las y es de que no en un una por para con mi se lo como del al está su qué tengo puedo",
+        "it": "il la le di e è che non un una per con mi sono del della in si ho come lo alla questo mio gli",
+        "nl": "de het een en is van ik niet dat op te in voor met mijn je zijn er aan kan maar naar ook hoe heb",
+        "pt": "o a os as e é de que não em um uma por para com meu minha se do da no na como está eu você",
+        "pl": "i w na nie się z do to jest że jak mi mój moja czy po dla od proszę mam ale przez co za o",
+    }.items()
+}  # fmt: skip
+PLACEHOLDER = re.compile(r"\[[A-Z]+_\d+\]")
 _BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S)
 _URL = re.compile(
     r"\b[a-z][a-z0-9+.-]{1,15}://(?:[^\s/@\"']+@[^\s\"'<>]+|[^\s\"'<>]*[?&#](?:token|key|sig|auth|password|code|secret)=[^\s\"'<>]*"
@@ -85,7 +96,7 @@ def scrub_logs(lines: Sequence[LogLine], settings=None) -> tuple[list[LogLine], 
 
 def spans(text: str, guess: Guess | None = None) -> list[tuple[int, int, str]]:
     """(start, end, type) of what must go, in order and apart from each other; what proves itself comes first."""
-    found = [(*hit.span(), "") for hit in _PLACEHOLDER.finditer(text)]
+    found = [(*hit.span(), "") for hit in PLACEHOLDER.finditer(text)]
     first = (("SECRET", _BLOCK, 0), ("URL", _URL, 0), ("SECRET", _PASSWORD, 1), ("EMAIL", _EMAIL, 0))
     for kind, pattern, group in first:
         found += [(*hit.span(group), kind) for hit in pattern.finditer(text)]
@@ -113,12 +124,11 @@ def guesser(settings) -> Guess | None:
             raise
         print(f"Scrub by pattern and check sum alone, names stay in the text: {error}")
         return None
-    codes = dict.fromkeys([*models, *_LANGUAGES])
+    codes = dict.fromkeys([*models, *COMMON])
     words = {code: import_module(f"spacy.lang.{code}.stop_words").STOP_WORDS for code in codes}
 
     def guess(text: str) -> list[tuple[int, int, str]]:
-        said = set(re.findall(r"\w+", text.lower()))
-        code = max(words, key=lambda one: len(said & words[one]))
+        code = language(text, words) or next(iter(words))
         names = [(start, end) for kind, start, end in (look(text, code) if code in models else ()) if kind == "person"]
         found = [(start, end, "PERSON") for start, end in names if not re.search(r"\d", text[start:end])]
         for _, value in privacy.secrets(text):
@@ -126,6 +136,13 @@ def guesser(settings) -> Guess | None:
         return found
 
     return guess
+
+
+def language(text: str, words: Mapping[str, Set[str]] = COMMON) -> str:
+    """The code of the language that most of a text's words are common in; "" when none is."""
+    said = set(re.findall(r"\w+", text.lower()))
+    code = max(words, key=lambda one: len(said & words[one]))
+    return code if said & words[code] else ""
 
 
 def _phone(text: str) -> bool:

@@ -25,13 +25,14 @@ def economy(settings, shown: Mapping[str, Result], pairs: Mapping | None = None)
     else:
         other = side(settings, "hosted model, better prompt", shown.get("prompted_base"), settings.model.larger)
     costs = [own["per month"], other["per month"]]
+    served = next(line["project"] for line in ledger if line["item"] == "deployment_inference_cost")  # part of each month
     needed = {
         "cost.serving_hourly_rate": costs[0], "cost.maintenance_per_month": rates.maintenance_per_month,
         "the alternative's price (model.larger, or cost.larger_price_per_1m_tokens)": costs[1],
     }  # fmt: skip
     found = {
         "currency": rates.currency, "requests": settings.task.requests_per_month, "own": own, "other": other,
-        "spent": ledger[-1]["project"], "experiment": cost.experiment(settings), "ledger": ledger,
+        "spent": round(ledger[-1]["project"] - served, 4), "experiment": cost.experiment(settings), "ledger": ledger,
         "savings": None if None in costs else round(costs[1] - costs[0], 2),
         "maintenance": rates.maintenance_per_month, "hosting": rates.hosting_per_month,
         "unlocks": rates.unlocks.strip(),

@@ -108,6 +108,41 @@ def reliability(result: Result, path: Path) -> Path:
     return save(drawn, path)
 
 
+def monitor(found: dict, measures: Sequence[str], path: Path) -> Path:
+    """Four panels over the windows of a log (slm.production.monitor): three measures by model version, and the
+    distances from the reference; limits dashed."""
+    from datetime import datetime, timedelta
+
+    figure, windows = _figure(10, 6.4), found["windows"][::-1]
+    ends = sorted(datetime.fromisoformat(window[end]) for window in windows for end in ("from", "to"))
+    panels = figure.subplots(2, 2).ravel()
+    limits = [{line["limit"] for line in found["lines"] if line["measure"] == name} for name in measures]
+    models = list(dict.fromkeys(model for window in windows for model in window["models"]))[-6:]
+    distances = list(dict.fromkeys(name for window in windows for name in window["drift"]))
+    traces = [[(m, [w["models"].get(m, {}).get(name) for w in windows]) for m in models] for name in measures]
+    traces.append([(name, [w["drift"].get(name) for w in windows]) for name in distances])
+    units = (*measures[:2], f"{measures[2]} ({found['currency']})", "distance from the reference (0 to 1)")
+    for axes, lines, unit, bounds in zip(panels, traces, units, (*limits, {found["limit"]}), strict=True):
+        for n, (name, line) in enumerate(lines):
+            known = [(datetime.fromisoformat(w["to"]), p) for w, p in zip(windows, line, strict=True) if p]
+            values = [p["value"] for _, p in known]
+            reach = [[v - p.get("low", v) for (_, p), v in zip(known, values, strict=True)],
+                     [p.get("high", v) - v for (_, p), v in zip(known, values, strict=True)]]  # fmt: skip
+            look = {"fmt": "o-", "ms": 4, "lw": 1.2, "capsize": 3, "color": (BLUE, "#c05621", GREY, "#2f855a", "#805ad5", "#2d3748")[n]}
+            axes.errorbar([day for day, _ in known], values, reach if known else None, label=_middle(name, 30), **look)
+        for n, bound in enumerate(sorted(bounds)):
+            axes.axhline(bound, color="#c53030", ls="--", lw=1, label=None if n else "limit")
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(ends[0], ends[-1] + timedelta(days=1))
+        axes.set_ylabel(unit, fontsize=9)
+        axes.tick_params(axis="x", rotation=30, labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=7, frameon=False)
+    figure.suptitle(f"Requests from {windows[0]['from'][:10]} to {windows[-1]['to'][:10]}, by window", fontsize=11)
+    return _save(figure, path)
+
+
 def break_even(found: dict, path: Path) -> Path:
     """When the fine-tune has paid for itself, over requests per month (across) and the price that the alternative takes
     per million tokens (up). `found`: see `slm.report.economy`."""
