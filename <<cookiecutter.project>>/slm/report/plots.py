@@ -113,16 +113,15 @@ def monitor(found: dict, measures: Sequence[str], path: Path) -> Path:
     distances from the reference; limits dashed."""
     from datetime import datetime, timedelta
 
-    figure, windows = _figure(10, 6.4), found["windows"][::-1]
+    (drawn, panels), windows = figure(10, 6.4, nrows=2, ncols=2), found["windows"][::-1]
     ends = sorted(datetime.fromisoformat(window[end]) for window in windows for end in ("from", "to"))
-    panels = figure.subplots(2, 2).ravel()
     limits = [{line["limit"] for line in found["lines"] if line["measure"] == name} for name in measures]
     models = list(dict.fromkeys(model for window in windows for model in window["models"]))[-6:]
     distances = list(dict.fromkeys(name for window in windows for name in window["drift"]))
     traces = [[(m, [w["models"].get(m, {}).get(name) for w in windows]) for m in models] for name in measures]
     traces.append([(name, [w["drift"].get(name) for w in windows]) for name in distances])
     units = (*measures[:2], f"{measures[2]} ({found['currency']})", "distance from the reference (0 to 1)")
-    for axes, lines, unit, bounds in zip(panels, traces, units, (*limits, {found["limit"]}), strict=True):
+    for axes, lines, unit, bounds in zip(panels.ravel(), traces, units, (*limits, {found["limit"]}), strict=True):
         for n, (name, line) in enumerate(lines):
             known = [(datetime.fromisoformat(w["to"]), p) for w, p in zip(windows, line, strict=True) if p]
             values = [p["value"] for _, p in known]
@@ -139,8 +138,8 @@ def monitor(found: dict, measures: Sequence[str], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=7, frameon=False)
-    figure.suptitle(f"Requests from {windows[0]['from'][:10]} to {windows[-1]['to'][:10]}, by window", fontsize=11)
-    return _save(figure, path)
+    drawn.suptitle(f"Requests from {windows[0]['from'][:10]} to {windows[-1]['to'][:10]}, by window", fontsize=11)
+    return save(drawn, path)
 
 
 def break_even(found: dict, path: Path) -> Path:
