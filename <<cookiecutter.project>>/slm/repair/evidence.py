@@ -55,12 +55,13 @@ def against_training(settings, contract: Contract, found: Sequence[Cluster], pai
                     about = {"row": f.row_id, "train": other.id, "cosine": cosine}
                     against.append(about | {"field": f.field, "taught": str(given)})
         blame, why, least = cluster.blame, cluster.root_cause, sorted(taught)[n // 2]
-        if against:
+        field = cluster.findings[0].field
+        if 3 * len({a["row"] for a in against}) >= n:
             named = ", ".join(sorted({a["train"] for a in against})[:3])
             blame, why = "data", f"like rows of training teach the opposite ({named}); look at them first"
-        elif blame == "data" and cluster.findings[0].field:
-            blame, told = ("data", "too few") if least < TAUGHT else ("model", "not learnt")
-            why = f"{least} training rows of that value and kind, {told}"
+        elif blame == "data" and field and not why:
+            blame, told = ("data", f"too few, {TAUGHT} are wanted") if least < TAUGHT else ("model", "enough, so it is not learnt")
+            why = f"{least} training rows of this kind teach the right {field}: {told}"
         likest = sorted(twins, key=lambda i: -twins[i])[:NEAREST]
         about = {"twins": [f"{i} ({twins[i]})" for i in likest], "contradictions": against, "blame": blame}
         result.append(cluster.model_copy(update=about | {"root_cause": why or CAUSES[cluster.cause]["mend"]}))

@@ -58,7 +58,8 @@ def request(cluster: Cluster, cell: Cell) -> Request:
 def make_plan(
     settings, contract: Contract, found: Sequence[Cluster], generation_prompt: Callable | None = None, seeds: Sequence = (),
 ) -> Plan:  # fmt: skip
-    """Rows for the `repair.clusters_max` largest clusters: ten per failure, within the settings' least and most.
+    """Rows for the `repair.clusters_max` largest clusters, those that the data is to blame for first: ten per failure,
+    within the settings' least and most.
     `generation_prompt(contract, request, seed rows)` gives the teacher's text per cell. A systematic serving fault
     gets no rows: data cannot mend it. A cluster whose round did not help this run is not planned again."""
     own, items = settings.repair, []
@@ -67,6 +68,7 @@ def make_plan(
     lost = [r for r in registry.read(settings, "runs") if r["stage"] == "repair" and r["status"] == "discarded"]
     tried = {name for r in lost if r["parents"]["run"] == settings.run_id for name in r["clusters"]}
     mendable = [c for c in found if not c.check_first and c.name not in tried]
+    mendable.sort(key=lambda c: c.blame != "data")  # first what rows can mend
     for cluster in [*(c for c in found if c.check_first), *mendable[: own.clusters_max]]:
         wanted = min(max(PER_FAILURE * len(cluster.findings), own.rows_per_cluster_min), own.rows_per_cluster_max)
         rows = 0 if cluster.check_first else wanted
@@ -99,14 +101,14 @@ def save_plan(
     `found` and `rows` are the tables of the causes, the clusters and the failed rows behind them."""
     total = sum(item.rows for item in plan.items)
     text = f"# Repair plan, run {plan.run_id}\n\n{total} targeted rows for {sum(bool(i.rows) for i in plan.items)} clusters of "
-    text += "failures on dev. No random rows: each cell answers a cluster. No text of an evaluation row stands in a prompt.\n\n"
-    text += "## Causes\n\n" + markdown(causes) + (f"\n![causes]({plot.relative_to(settings.run_dir).as_posix()})\n" if plot else "")
-    against = [{"cluster": i.name, **c} for i in plan.items for c in i.contradictions]
-    tables = {"Clusters": found, "Rows behind them": rows, "Training rows that teach the opposite": against}
-    text += "".join(f"\n## {title}\n\n{markdown(lines)}" for title, lines in tables.items())
-    text += "\n## Rows to write\n\n" + markdown(plan_table(plan))
+    text += "failures on dev. No random rows: each cell answers a cluster; its prompt, without a word of an evaluation row, "
+    text += f"stands in repair_plan.json.\n\n**Next:** {next_step(settings, plan)}\n\n## Causes\n\n{markdown(causes)}"
+    text += f"\n![causes]({plot.relative_to(settings.run_dir).as_posix()})\n" if plot else ""
+    text += f"\n## Clusters\n\n{markdown(found)}\n## Rows to write\n\n{markdown(plan_table(plan))}"
     for title, names in (("Later, after the next run", plan.later), ("Tried in a round that did not help", plan.tried)):
         text += f"\n{title}: {'; '.join(names)}.\n" if names else ""
+    against = [{"cluster": i.name, **c} for i in plan.items for c in i.contradictions]
+    text += f"\n## Training rows that may teach the opposite\n\n{markdown(against)}\n## Failed rows\n\n{markdown(rows)}"
     write_text(settings.run_dir / "repair_plan.md", text)
     counts = {line["cause"]: line["rows"] for line in causes}
     facts = {"stage": "07_repair", "run_id": plan.run_id, "profile": settings.profile, "settings": settings.hash}
@@ -158,7 +160,7 @@ def next_step(settings, plan: Plan) -> str:
     if not plan.requests:
         return "Nothing to repair on dev" + (", each cluster was tried." if plan.tried else ".")
     against = sum(len(item.contradictions) for item in plan.items)
-    first = f"First look at {against} training rows that teach the opposite (curate decide). " if against else ""
+    first = f"First look at the training rows that may teach the opposite: {against} (curate decide). " if against else ""
     if settings.generate.teacher == "recorded":
         return f"{first}No rows are made here: {NEEDS_TEACHER}. Then python -m slm repair {plan.run_id} --apply."
     return f"{first}python -m slm repair {plan.run_id} --apply"
