@@ -1,6 +1,8 @@
 """07: causes, clusters, the repair plan."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
@@ -288,6 +290,33 @@ def test_a_judge_that_fails_changes_nothing_and_is_said(settings, judge, capsys,
     assert line in said and "by rule" in said and "secret-word" not in said
 
 
+@pytest.mark.parametrize(("stalls", "line"), [(True, "timed out after 0.2 s"), (False, "not JSON")])
+def test_a_real_endpoint_that_stalls_or_talks_html_costs_the_judge_and_nothing_else(settings, capsys, stalls, line):
+    """Guards against a repair that hangs, or breaks off, with a server that a faked model would never be."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            over.wait(20 if stalls else 0)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>gateway</html>")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    own = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "timeout_s": 0.2 if stalls else 20, "retries": 0}
+    pairs = failures(5)
+    found = examined(settings, pairs, [], repair={"judge": own})
+    over.set()
+    server.shutdown()
+    server.server_close()
+    said = capsys.readouterr().out
+    assert found == examined(settings, pairs, []) and line in said and "by rule" in said and "secret-word" not in said
+
+
 def test_a_situation_that_quotes_an_evaluation_row_never_reaches_the_teacher(settings, judge):
     """Guards against a judge that leaks dev into training."""
     pairs = failures(5)
@@ -431,6 +460,7 @@ class Rounds:
             repair.save_plan(settings, repair.make_plan(settings, TICKET, repair.clusters(found, pairs)), [])
         if stages == ["03-06"]:
             self.write(settings, f"data/generated/batch_{len(self.ran):03d}.jsonl", len(self.ran))
+            write_text(settings.path(f"data/generated/batch_{len(self.ran):03d}.unread.txt"), "{}")
         if stages != ["07"]:
             files = sorted(settings.path("data/generated").glob("*.jsonl"))
             write_rows(settings.path("data/accepted/all.jsonl"), rows := [row for f in files for row in read_rows(f)])
@@ -481,7 +511,8 @@ def test_a_round_that_does_not_help_is_recorded_and_undone(project, dev, golden)
     [record] = project.repair()
     assert record["status"] == "discarded" and project.held == before
     [gone] = record["files"]
-    assert (project.root / "outputs/runs/r1-repair-1" / gone).is_file()
+    assert all((project.root / "outputs/runs/r1-repair-1" / gone).with_suffix(end).is_file() for end in (".jsonl", ".unread.txt"))
+    assert not [*project.root.glob("data/generated/*.unread.txt")]
     assert project.repair() == []  # its only cluster was tried: no round begins
 
 

@@ -201,5 +201,4 @@ def plot_causes(findings: Sequence[Finding], path: Path) -> Path:
     bars = axes.barh(names, [counts[name] for name in names], color="#2b6cb0")
     axes.bar_label(bars, padding=3, fontsize=8)
     axes.set(xlabel="failed rows", title=f"{len(findings)} failures by cause")
-    axes.spines[["top", "right"]].set_visible(False)
     return save(drawn, path)

@@ -89,8 +89,7 @@ def _outcome(settings, contract: Contract, base, plan: Plan) -> tuple[dict, str]
     was, now = (sum(not s.critical_ok for s in r["golden"][NAME].scores) for r in (old, new))
     gain = dev.difference.value > 0 and dev.outcome != "worse" and not settings.repair.proven
     kept = (dev.outcome == "better" or gain) and golden.outcome != "worse" and now <= was
-    made = [(r["row"]["meta"].get("provenance", {}), r["gate"]) for r in judged(settings) if "row" in r]
-    rows = Counter((provenance.get("cluster"), not gate) for provenance, gate in made)
+    rows = Counter((r["row"]["meta"].get("provenance", {}).get("cluster"), not r["gate"]) for r in judged(settings))
     clusters = [
         {"cluster": i.name, "failures": len(i.findings), "fixed": sum(f.row_id in dev.fixed for f in i.findings),
          "asked": i.rows, "accepted": rows[i.name, True], "rejected": rows[i.name, False]} for i in plan.items if i.rows
