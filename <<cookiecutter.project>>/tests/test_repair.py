@@ -290,7 +290,7 @@ def test_a_judge_that_fails_changes_nothing_and_is_said(settings, judge, capsys,
     assert line in said and "by rule" in said and "secret-word" not in said
 
 
-@pytest.mark.parametrize(("stalls", "line"), [(True, "timed out after 0.2 s"), (False, "not JSON")])
+@pytest.mark.parametrize(("stalls", "line"), [(True, "timed out after 0.2 s"), (False, "without choices")])
 def test_a_real_endpoint_that_stalls_or_talks_html_costs_the_judge_and_nothing_else(settings, capsys, stalls, line):
     """Guards against a repair that hangs, or breaks off, with a server that a faked model would never be."""
     over = threading.Event()
