@@ -1,6 +1,8 @@
 """07: causes, clusters, the repair plan."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
@@ -171,6 +173,17 @@ def test_a_wrong_field_is_one_cluster_whatever_the_label():
     assert (found.name, found.label) == ("hallucinated field / number", "")
 
 
+def test_a_category_that_training_hardly_has_is_one_cluster():
+    """Guards against a gap in the data that is told as many small faults of the model, so that no round fills it."""
+    trained = {"bug": 90, "none": 70, "billing": 12}
+    pairs = failures(12) + [pair('{"label":"billing","number":"7"}', user="one more"), pair('{"label":"none","number":null}')]
+    [found] = repair.clusters(repair.diagnose(pairs, TICKET, trained), pairs)
+    assert (found.name, len(found.findings), found.label) == ("missing category / billing", 14, "billing")
+    assert "only 12 training rows of billing, the median label has 70" == found.root_cause
+    enough = repair.diagnose(pairs, TICKET, trained | {"billing": 18})
+    assert "missing category" not in {f.cause for f in enough}
+
+
 def test_a_large_cluster_falls_into_its_topics_and_always_the_same():
     """Guards against one plan for two kinds of message, and against a split that changes from run to run."""
     topics = {"printer": "the printer jams paper on floor", "coffee": "my coffee order arrived cold and bitter"}
@@ -199,7 +212,7 @@ def test_a_training_row_that_teaches_the_opposite_is_named(settings):
     assert [(c["train"], c["field"], c["taught"]) for c in found.contradictions] == [("bad", "label", "bug")]
     assert found.blame == "data" and "bad" in found.root_cause and found.twins[0].startswith("bad")
     plan = repair.make_plan(settings, TICKET, [found])
-    assert "1 training rows that teach the opposite" in repair.next_step(settings, plan)
+    assert "may teach the opposite: 1" in repair.next_step(settings, plan)
     number = pair('{"label":"bug","number":"55"}', '{"label":"bug","number":"54"}', user="ticket 54 shows invoice twice, not 55")
     copied = make_row("ticket 55 shows invoice twice, not 56", '{"label":"bug","number":"55"}', category="bug")
     assert examined(settings, [number], [*other, copied])[0].contradictions == []
@@ -211,6 +224,14 @@ def test_too_few_rows_are_the_datas_fault_and_enough_the_models(settings, rows, 
     train = [make_row(f"paid for lamp {n} at noon", GOOD, category="billing") for n in range(rows)]
     [found] = examined(settings, failures(4), train)
     assert found.blame == blame and str(rows) in found.root_cause
+
+
+def test_one_odd_twin_does_not_speak_for_a_whole_cluster(settings):
+    """Guards against sending a user to the training rows for what one chance likeness in five suggests."""
+    pairs = [pair('{"label":"bug","number":null}', user=f"{word} is {word}, says {word}") for word in ("ash", "elm", "fir", "oak", "yew")]
+    twin = make_row("ash is ash, says ash tree", '{"label":"bug","number":null}', category="bug", id="odd")
+    [found] = examined(settings, pairs, [make_row(f"lamp {n}", GOOD, category="billing") for n in range(30)] + [twin])
+    assert [c["train"] for c in found.contradictions] == ["odd"] and found.blame == "model" and "not learnt" in found.root_cause
 
 
 def opinion(**more):
@@ -269,6 +290,33 @@ def test_a_judge_that_fails_changes_nothing_and_is_said(settings, judge, capsys,
     assert line in said and "by rule" in said and "secret-word" not in said
 
 
+@pytest.mark.parametrize(("stalls", "line"), [(True, "timed out after 0.2 s"), (False, "without choices")])
+def test_a_real_endpoint_that_stalls_or_talks_html_costs_the_judge_and_nothing_else(settings, capsys, stalls, line):
+    """Guards against a repair that hangs, or breaks off, with a server that a faked model would never be."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            over.wait(20 if stalls else 0)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>gateway</html>")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    own = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "timeout_s": 0.2 if stalls else 20, "retries": 0}
+    pairs = failures(5)
+    found = examined(settings, pairs, [], repair={"judge": own})
+    over.set()
+    server.shutdown()
+    server.server_close()
+    said = capsys.readouterr().out
+    assert found == examined(settings, pairs, []) and line in said and "by rule" in said and "secret-word" not in said
+
+
 def test_a_situation_that_quotes_an_evaluation_row_never_reaches_the_teacher(settings, judge):
     """Guards against a judge that leaks dev into training."""
     pairs = failures(5)
@@ -321,6 +369,15 @@ def test_the_rest_waits_for_the_next_run(settings):
     small = settings.model_copy(update={"repair": settings.repair.model_copy(update={"clusters_max": 1})})
     plan = repair.make_plan(small, TICKET, repair.clusters(repair.diagnose(pairs, TICKET), pairs))
     assert len(plan.items) == 1 and len(plan.later) == 1
+
+
+def test_rows_go_first_to_what_the_data_is_to_blame_for(settings):
+    """Guards against a budget of rows spent on what training holds already, while a gap waits."""
+    pairs = failures(5) + [pair('{"label":"bug","number":null}', '{"label":"none","number":null}', user=f"n {n}") for n in range(2)]
+    large, small = repair.clusters(repair.diagnose(pairs, TICKET), pairs)
+    one = settings.model_copy(update={"repair": settings.repair.model_copy(update={"clusters_max": 1})})
+    plan = repair.make_plan(one, TICKET, [large.model_copy(update={"blame": "model"}), small])
+    assert [i.name for i in plan.items] == [small.name] and plan.later == [large.name]
 
 
 def saved(settings, tmp_path, **sections):
@@ -403,6 +460,7 @@ class Rounds:
             repair.save_plan(settings, repair.make_plan(settings, TICKET, repair.clusters(found, pairs)), [])
         if stages == ["03-06"]:
             self.write(settings, f"data/generated/batch_{len(self.ran):03d}.jsonl", len(self.ran))
+            write_text(settings.path(f"data/generated/batch_{len(self.ran):03d}.unread.txt"), "{}")
         if stages != ["07"]:
             files = sorted(settings.path("data/generated").glob("*.jsonl"))
             write_rows(settings.path("data/accepted/all.jsonl"), rows := [row for f in files for row in read_rows(f)])
@@ -453,7 +511,8 @@ def test_a_round_that_does_not_help_is_recorded_and_undone(project, dev, golden)
     [record] = project.repair()
     assert record["status"] == "discarded" and project.held == before
     [gone] = record["files"]
-    assert (project.root / "outputs/runs/r1-repair-1" / gone).is_file()
+    assert all((project.root / "outputs/runs/r1-repair-1" / gone).with_suffix(end).is_file() for end in (".jsonl", ".unread.txt"))
+    assert not [*project.root.glob("data/generated/*.unread.txt")]
     assert project.repair() == []  # its only cluster was tried: no round begins
 
 

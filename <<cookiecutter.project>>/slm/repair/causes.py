@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median_low
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -13,7 +14,7 @@ from slm.contract import Contract
 from slm.evaluate.scorers import Score
 from slm.rows import Row
 
-TRAINED = 5  # training rows of a label below which the data is to blame
+TRAINED = 5  # training rows of a label below which the data is to blame; so is a quarter of what the median label has
 SYSTEMATIC = 0.1  # a serving fault in this share of all answers is the deployment's, below it the model's
 TEMPLATE = re.compile(r"<\|?[a-z]+_?[a-z]*(?:_id|_header_id|start|end|text)?\|>|</?s>|\[/?INST\]|</?think>|<(?:start|end)_of_turn>")
 REFUSAL = re.compile(r"(?i)\b(i'?m sorry|i am sorry|i can(?:no|')t|i am unable|i'm unable|as an ai|i won'?t)\b")
@@ -82,9 +83,10 @@ def serving_fault(score: Score) -> tuple[str, str]:
 
 
 def _trained(case: Case) -> str:
-    if case.trained is None or (count := case.trained.get(case.label, 0)) >= TRAINED:
+    if case.trained is None:
         return ""
-    return f"only {count} training rows of {case.label}"
+    count, median = case.trained.get(case.label, 0), median_low(case.trained.values() or [0])
+    return f"only {count} training rows of {case.label}, the median label has {median}" if count < max(TRAINED, median / 4) else ""
 
 
 def _long(case: Case) -> str:
@@ -199,5 +201,4 @@ def plot_causes(findings: Sequence[Finding], path: Path) -> Path:
     bars = axes.barh(names, [counts[name] for name in names], color="#2b6cb0")
     axes.bar_label(bars, padding=3, fontsize=8)
     axes.set(xlabel="failed rows", title=f"{len(findings)} failures by cause")
-    axes.spines[["top", "right"]].set_visible(False)
     return save(drawn, path)

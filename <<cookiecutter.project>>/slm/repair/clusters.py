@@ -12,7 +12,8 @@ from slm.repair.causes import CAUSES, Finding
 from slm.rows import Difficulty, Kind, Row
 
 SPLIT = 10  # failures from which on a group is searched for topics
-BY_LABEL = ("missing category", "wrong label", "tool name wrong")  # causes of which each label is a cluster of its own
+MISSING = "missing category"  # one gap of the data, whatever the messages are about
+BY_LABEL = ("wrong label", "tool name wrong")  # causes of which each label that was missed is a cluster of its own
 APART = 0.05  # least silhouette of a split; a random one has about 0
 
 
@@ -72,11 +73,11 @@ def clusters(
     for f in findings:
         own = next((p for p in patterns if f.blame != "deployment" and p.match(*by_id[f.row_id])), None)
         field = f.field if f.cause in ("wrong label", "tool argument wrong", "hallucinated field") else ""
-        label = f.label if f.cause in BY_LABEL and f.got != f.label else ""
+        label = f.label if f.cause == MISSING or f.cause in BY_LABEL and f.got != f.label else ""
         key = (f.cause, "", f.fault) if f.blame == "deployment" else (f.cause, label, field)
         groups.setdefault((own.name, "", own) if own else key, []).append(f)
     for key, group in groups.items():
-        parts = _topics(group, [text_of(by_id[f.row_id][0]) for f in group], embedder)
+        parts = [group] if key[0] == MISSING else _topics(group, [text_of(by_id[f.row_id][0]) for f in group], embedder)
         found += [_cluster(key, part, f" ({n})" * (len(parts) > 1), by_id) for n, part in enumerate(parts, 1)]
     return sorted(found, key=lambda c: (-len(c.findings), c.name))
 
@@ -128,11 +129,13 @@ def _cluster(key: tuple, group: list[Finding], part: str, by_id: dict[str, tuple
     taken = f" {got or 'other labels'}" if cause == "answer when it should refuse" else taken
     how = {"label": label or "any label", "field": key[2] or "the label", "got": taken}
     texts = [key[2].situation] if own else [text.format(**how) for text in CAUSES[cause]["situations"]]
-    here = Counter(w for f in group for w in set(words(text_of(by_id[f.row_id][0]))) if len(w) > 4)
+    here, everywhere = (Counter(w for row in rows for w in set(words(text_of(row))) if len(w) > 4) for rows in (
+        [by_id[f.row_id][0] for f in group], [row for row, _ in by_id.values()]))  # fmt: skip
+    apart = {w: n * n / everywhere[w] for w, n in here.items() if n > 1 and n * len(by_id) >= 2 * everywhere[w] * len(group)}
     return Cluster(
         name=(key[0] if own else " / ".join(filter(None, key))) + part, cause=cause, label=label, got=got, blame=blame,
-        about=", ".join(w for w, n in here.most_common(3) if n > 1), situations=[Cell(situation=t) for t in texts],
-        root_cause="" if blame in ("data", "model") else next(f.evidence for f in group if f.blame == blame),
+        about=", ".join(sorted(apart, key=lambda w: (-apart[w], w))[:3]), situations=[Cell(situation=t) for t in texts],
+        root_cause=next(f.evidence for f in group if f.blame == blame) if blame not in ("data", "model") or cause == MISSING else "",
         findings=group,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from slm.contract import Contract
 from slm.curate.text import text_of
 from slm.repair.causes import CAUSES, Finding
 from slm.repair.clusters import Cluster, Pattern, clusters, vectors
+from slm.repair.judge import judged
 from slm.rows import iter_rows
 
 MOST = 50_000  # training rows that are compared
@@ -21,8 +22,6 @@ def examine(
 ) -> list[Cluster]:  # fmt: skip
     """The clusters of a run's failures with what training holds of them; as `repair.judge` sees them where one is set,
     which is asked with `prompt(contract, failures)`. A judge that fails changes nothing and is said."""
-    from slm.repair.judge import judged
-
     found = against_training(settings, contract, clusters(findings, pairs, patterns, settings.curate.embedder), pairs)
     return judged(settings, contract, found, pairs, prompt) if settings.repair.judge.url and prompt else found
 
@@ -55,12 +54,12 @@ def against_training(settings, contract: Contract, found: Sequence[Cluster], pai
                     about = {"row": f.row_id, "train": other.id, "cosine": cosine}
                     against.append(about | {"field": f.field, "taught": str(given)})
         blame, why, least = cluster.blame, cluster.root_cause, sorted(taught)[n // 2]
-        if against:
+        if 3 * len({a["row"] for a in against}) >= n:
             named = ", ".join(sorted({a["train"] for a in against})[:3])
             blame, why = "data", f"like rows of training teach the opposite ({named}); look at them first"
-        elif blame == "data" and cluster.findings[0].field:
-            blame, told = ("data", "too few") if least < TAUGHT else ("model", "not learnt")
-            why = f"{least} training rows of that value and kind, {told}"
+        elif blame == "data" and (field := cluster.findings[0].field) and not why:
+            blame, told = ("data", f"too few, {TAUGHT} are wanted") if least < TAUGHT else ("model", "enough, so it is not learnt")
+            why = f"{least} training rows of this kind teach the right {field}: {told}"
         likest = sorted(twins, key=lambda i: -twins[i])[:NEAREST]
         about = {"twins": [f"{i} ({twins[i]})" for i in likest], "contradictions": against, "blame": blame}
         result.append(cluster.model_copy(update=about | {"root_cause": why or CAUSES[cluster.cause]["mend"]}))

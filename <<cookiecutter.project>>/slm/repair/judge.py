@@ -36,13 +36,11 @@ def judged(settings, contract, found: list[Cluster], pairs: Sequence[tuple], pro
     judge, by_id, result = OpenAIModel(settings.repair.judge), {row.id: (row, s) for row, s in pairs}, []
     fit = [c for c in found if not c.check_first]
     causes = {c.cause: [f for o in fit if o.cause == c.cause for f in o.findings][:SHOWN] for c in fit}
-    asked = []
-    for shown in causes.values():
-        rows = [
-            {"id": row.id, "input": row.user, "expected": s.expected, "answer": s.text, "causes": [f.cause, *f.others]}
-            for f in shown for row, s in [by_id[f.row_id]]
-        ]  # fmt: skip
-        asked.append(Prompt([{"role": "user", "content": prompt(contract, rows)}], TOKENS))
+    rows = [
+        [{"id": row.id, "input": row.user, "expected": s.expected, "answer": s.text, "causes": [f.cause, *f.others]}
+         for f in shown for row, s in [by_id[f.row_id]]] for shown in causes.values()
+    ]  # fmt: skip
+    asked = [Prompt([{"role": "user", "content": prompt(contract, own)}], TOKENS) for own in rows]
     try:
         answers = cached(judge, settings).answer(asked)
     except SlmError as error:

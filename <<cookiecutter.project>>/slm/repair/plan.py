@@ -58,15 +58,15 @@ def request(cluster: Cluster, cell: Cell) -> Request:
 def make_plan(
     settings, contract: Contract, found: Sequence[Cluster], generation_prompt: Callable | None = None, seeds: Sequence = (),
 ) -> Plan:  # fmt: skip
-    """Rows for the `repair.clusters_max` largest clusters: ten per failure, within the settings' least and most.
-    `generation_prompt(contract, request, seed rows)` gives the teacher's text per cell. A systematic serving fault
-    gets no rows: data cannot mend it. A cluster whose round did not help this run is not planned again."""
+    """Rows for the `repair.clusters_max` largest clusters, the data's faults first: ten per failure, within the settings'
+    least and most. `generation_prompt(contract, request, seed rows)` gives the teacher's text per cell. A systematic
+    serving fault gets no rows; neither does a cluster whose round did not help this run."""
     own, items = settings.repair, []
     if own.rows_per_cluster_min > own.rows_per_cluster_max:
         raise SlmError("repair.rows_per_cluster_min is greater than repair.rows_per_cluster_max; correct project.yaml.")
     lost = [r for r in registry.read(settings, "runs") if r["stage"] == "repair" and r["status"] == "discarded"]
     tried = {name for r in lost if r["parents"]["run"] == settings.run_id for name in r["clusters"]}
-    mendable = [c for c in found if not c.check_first and c.name not in tried]
+    mendable = sorted((c for c in found if not c.check_first and c.name not in tried), key=lambda c: c.blame != "data")
     for cluster in [*(c for c in found if c.check_first), *mendable[: own.clusters_max]]:
         wanted = min(max(PER_FAILURE * len(cluster.findings), own.rows_per_cluster_min), own.rows_per_cluster_max)
         rows = 0 if cluster.check_first else wanted
@@ -99,18 +99,18 @@ def save_plan(
     `found` and `rows` are the tables of the causes, the clusters and the failed rows behind them."""
     total = sum(item.rows for item in plan.items)
     text = f"# Repair plan, run {plan.run_id}\n\n{total} targeted rows for {sum(bool(i.rows) for i in plan.items)} clusters of "
-    text += "failures on dev. No random rows: each cell answers a cluster. No text of an evaluation row stands in a prompt.\n\n"
-    text += "## Causes\n\n" + markdown(causes) + (f"\n![causes]({plot.relative_to(settings.run_dir).as_posix()})\n" if plot else "")
-    against = [{"cluster": i.name, **c} for i in plan.items for c in i.contradictions]
-    tables = {"Clusters": found, "Rows behind them": rows, "Training rows that teach the opposite": against}
-    text += "".join(f"\n## {title}\n\n{markdown(lines)}" for title, lines in tables.items())
-    text += "\n## Rows to write\n\n" + markdown(plan_table(plan))
+    text += "failures on dev. No random rows: each cell answers a cluster; its prompt, without a word of an evaluation row, "
+    text += f"stands in repair_plan.json.\n\n**Next:** {next_step(settings, plan)}\n\n## Causes\n\n{markdown(causes)}"
+    text += f"\n![causes]({plot.relative_to(settings.run_dir).as_posix()})\n" if plot else ""
+    text += f"\n## Clusters\n\n{markdown(found)}\n## Rows to write\n\n{markdown(plan_table(plan))}"
     for title, names in (("Later, after the next run", plan.later), ("Tried in a round that did not help", plan.tried)):
         text += f"\n{title}: {'; '.join(names)}.\n" if names else ""
+    against = [{"cluster": i.name, **c} for i in plan.items for c in i.contradictions]
+    text += f"\n## Training rows that may teach the opposite\n\n{markdown(against)}\n## Failed rows\n\n{markdown(rows)}"
     write_text(settings.run_dir / "repair_plan.md", text)
-    counts = {line["cause"]: line["rows"] for line in causes}
     facts = {"stage": "07_repair", "run_id": plan.run_id, "profile": settings.profile, "settings": settings.hash}
-    registry.append(settings, "runs", {**facts, "contract": plan.contract, "failures": counts, "rows_planned": total})
+    facts |= {"contract": plan.contract, "failures": {c["cause"]: c["rows"] for c in causes}, "rows_planned": total}
+    registry.append(settings, "runs", facts)
     return write_json(settings.run_dir / "repair_plan.json", plan.model_dump())
 
 
@@ -158,7 +158,7 @@ def next_step(settings, plan: Plan) -> str:
     if not plan.requests:
         return "Nothing to repair on dev" + (", each cluster was tried." if plan.tried else ".")
     against = sum(len(item.contradictions) for item in plan.items)
-    first = f"First look at {against} training rows that teach the opposite (curate decide). " if against else ""
+    first = f"First look at the training rows that may teach the opposite: {against} (curate decide). " if against else ""
     if settings.generate.teacher == "recorded":
         return f"{first}No rows are made here: {NEEDS_TEACHER}. Then python -m slm repair {plan.run_id} --apply."
     return f"{first}python -m slm repair {plan.run_id} --apply"
@@ -168,13 +168,12 @@ def _cells(contract: Contract, cluster: Cluster, rows: int) -> list[Cell]:
     """`rows` spread over the situations and over the cells of the failures by their share, a quarter of them for the
     label that it is mistaken for."""
     labels, told = label_values(contract), cluster.situations
-    usable = [f for f in cluster.findings if f.label in labels] or list(cluster.findings)
-    counts = Counter((f.label if f.label in labels else labels[0], f.kind, f.difficulty) for f in usable).most_common(CELLS)
+    where = ((f.label if f.label in labels else labels[0], f.kind, f.difficulty) for f in cluster.findings)
+    counts = Counter(where).most_common(CELLS)
     confused = cluster.label in labels and cluster.got in labels and cluster.got != cluster.label
     left = rows - (contrast := round(rows * CONTRAST) if confused else 0)
     slots = [(*counts[n % len(counts)], told[n % len(told)]) for n in range(min(left, max(len(counts), len(told))))]
-    whole = sum(weight for _, weight, _ in slots)
-    shares = [max(1, left * weight // whole) for _, weight, _ in slots]
+    shares = [max(1, left * weight // sum(w for _, w, _ in slots)) for _, weight, _ in slots]
     shares[0] += left - sum(shares)
     cells = [
         Cell(situation=s.situation, category=s.category if s.category in labels else cell[0], kind=s.kind or cell[1],

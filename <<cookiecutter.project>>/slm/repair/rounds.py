@@ -76,7 +76,7 @@ def _round(settings, contract: Contract, base, config: str, overrides: dict, own
     write_text(settings.path(f"outputs/eval_reports/{settings.run_id}/repair.md"), text)
     print(text)
     if record["status"] == "discarded":
-        for path in added():
+        for path in [f for rows in added() for f in (rows, rows.with_suffix(".unread.txt")) if f.is_file()]:
             print(f"{path.name} now lies in {path.rename(settings.run_dir / path.name).parent}")
         runner.run(base, ["04"], config, own)
     return registry.append(settings, "runs", record)
@@ -89,14 +89,14 @@ def _outcome(settings, contract: Contract, base, plan: Plan) -> tuple[dict, str]
     was, now = (sum(not s.critical_ok for s in r["golden"][NAME].scores) for r in (old, new))
     gain = dev.difference.value > 0 and dev.outcome != "worse" and not settings.repair.proven
     kept = (dev.outcome == "better" or gain) and golden.outcome != "worse" and now <= was
-    made = [(r["row"]["meta"].get("provenance", {}), r["gate"]) for r in judged(settings) if "row" in r]
-    rows = Counter((provenance.get("cluster"), not gate) for provenance, gate in made)
+    rows = Counter((r["row"]["meta"].get("provenance", {}).get("cluster"), not r["gate"]) for r in judged(settings))
     clusters = [
         {"cluster": i.name, "failures": len(i.findings), "fixed": sum(f.row_id in dev.fixed for f in i.findings),
          "asked": i.rows, "accepted": rows[i.name, True], "rejected": rows[i.name, False]} for i in plan.items if i.rows
     ]  # fmt: skip
     told = [
-        f"{name} {c.outcome}: {len(c.fixed)} rows fixed, {len(c.broken)} broken, "
+        f"{name} {c.outcome}, {c.baseline:.3f} -> {c.candidate:.3f} ({c.difference.value:+.3f} [{c.difference.low:+.3f}, "
+        f"{c.difference.high:+.3f}]): {len(c.fixed)} rows fixed, {len(c.broken)} broken, "
         f"{c.difference.n - len(c.fixed) - len(c.broken)} unchanged" for name, c in (("dev", dev), ("golden", golden))
     ]  # fmt: skip
     status = "kept" if kept else "discarded"
