@@ -97,7 +97,7 @@ def told(reply: dict) -> dict:
         counts = {"tokens_in": usage.get("prompt_tokens"), "tokens_out": usage.get("completion_tokens")}
         found = {name: count for name, count in counts.items() if type(count) is int and count >= 0}
         least = math.exp(min(piece["logprob"] for piece in reply["choices"][0]["logprobs"]["content"]))
-        return found | ({"confidence": round(least, 4)} if least <= 1 else {})
+        return found | ({"confidence": float(f"{least:.4g}")} if least <= 1 else {})
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
         return found
 
