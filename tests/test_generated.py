@@ -16,7 +16,7 @@ def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
     """A command of this environment in a project's folder, offline."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     full = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", **env}
-    return subprocess.run(command, cwd=folder, env=full, capture_output=True, text=True, timeout=1500)
+    return subprocess.run(command, cwd=folder, env=full, capture_output=True, text=True, timeout=4500)
 
 
 def passed(done: subprocess.CompletedProcess) -> int:

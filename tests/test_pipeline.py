@@ -22,7 +22,7 @@ def slm(project: Path, *arguments: str) -> subprocess.CompletedProcess:
     }  # fmt: skip
     env.pop("PYTEST_CURRENT_TEST", None)
     command = [sys.executable, "-m", "slm", *arguments]
-    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=2700)
 
 
 def registry(project: Path, name: str) -> list[dict]:
@@ -163,7 +163,7 @@ def test_the_scripts_run_as_the_workflow_writes_them(ran, tmp_path):
         "scripts/analyze_errors.py outputs/eval_reports/run_001_dev.json",
     ]
     for command in commands:
-        done = subprocess.run([sys.executable, *command.split()], cwd=project, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, *command.split()], cwd=project, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip(), command
     bad = subprocess.run(

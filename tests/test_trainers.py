@@ -28,7 +28,7 @@ write_json(settings.path("outputs/eval_reports/dev/baselines.json"), {"key": bas
 def run(project: Path, *command: str) -> str:
     """The output of a Python command in the project, offline; it must succeed."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=project, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, *command], cwd=project, env=env, capture_output=True, text=True, timeout=2700)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 

@@ -61,7 +61,7 @@ def found(bake):
     project = bake(project="preference")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(project)}
     command = [sys.executable, "-c", SCRIPT, json.dumps(OPTIONS)]
-    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=4500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return project, json.loads((project / "found.json").read_text())
 

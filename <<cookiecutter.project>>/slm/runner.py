@@ -117,6 +117,7 @@ def _execute(settings: Settings, path: Path, config: str, overrides: dict) -> st
                 str(path), str(target), cwd=str(settings.root), kernel_name="python3", language="python",
                 parameters={"config": config, "profile": settings.profile, "run_id": settings.run_id, "overrides": overrides},
                 progress_bar={"desc": path.stem, "leave": False} if live else False,
+                start_timeout=300,  # seconds; a busy machine takes more than papermill's 60
                 config=Config({"KernelManager": {"transport": "tcp"} if sys.platform == "win32" else ipc}),
             )  # fmt: skip
     except PapermillExecutionError as error:

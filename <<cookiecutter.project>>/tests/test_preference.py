@@ -261,7 +261,7 @@ def test_an_adapter_of_unsloth_is_tuned_in_a_process_of_its_own(project):
     settings, root = settings_of(project), str(Path(__file__).resolve().parents[1])
     write_json(project / "outputs/eval_reports/r1/baselines.json", {"key": baselines._key(settings), "results": []})
     code = SCRIPT.format(root=root, project=str(project))
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "unsloth 2 DPO discarded, against SFT alone no difference shown: " in done.stdout
 

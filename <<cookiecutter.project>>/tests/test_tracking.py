@@ -71,7 +71,7 @@ def tracked(tmp_path_factory):
     env |= {**KEYS, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     code = SCRIPT.format(root=root, project=str(folder), trackers=TRACKERS)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+        [sys.executable, "-c", code], cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900
     )
     assert done.returncode == 0, done.stdout[-3000:]
     (folder / "output.txt").write_text(done.stdout)

@@ -166,14 +166,14 @@ def weights(project, run_id: str) -> dict:
 
 def kill(process: subprocess.Popen, project, run_id: str, rank: str = "") -> str:
     """Kill a training process, or one of those that it launched, without warning at its first whole checkpoint; the output."""
-    folder, deadline = project / f"outputs/adapters/{run_id}/checkpoints", time.time() + 500
+    folder, deadline = project / f"outputs/adapters/{run_id}/checkpoints", time.time() + 1500
     while not list(folder.glob("checkpoint-*/trainer_state.json")) and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
     victim = psutil.Process(process.pid)
     if rank:
         victim = next(p for p in victim.children(recursive=True) if p.environ().get("RANK") == rank)
     victim.kill()
-    text = process.communicate(timeout=500)[0]
+    text = process.communicate(timeout=1500)[0]
     assert process.returncode != 0, text[-3000:]
     return text
 
@@ -185,7 +185,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(project):
     long = {"max_steps": 40, "lora_dropout": 0.1}
     kill(start(project, **long), project, "r1")
     assert not (project / "registry/runs.jsonl").exists()
-    text = (process := start(project, **long)).communicate(timeout=500)[0]
+    text = (process := start(project, **long)).communicate(timeout=1500)[0]
     assert process.returncode == 0 and "resuming from outputs/adapters/r1/checkpoints/checkpoint-" in text, text[-3000:]
     train(settings_of(project, "whole", **long), contract)
     for resumed, whole in zip(losses(project, "r1"), losses(project, "whole"), strict=True):
@@ -223,7 +223,7 @@ def test_two_processes_train_what_one_would(project):
     recipe = {"max_steps": -1, "epochs": 6, "group_by_length": False}
     kill(launch(prepared(project), "two", batch_size_per_device=2, **recipe), project, "two", rank="1")
     assert [r["status"] for r in registry.read(settings_of(project), "runs")] == ["failed"]
-    text = (process := launch(project, "two", batch_size_per_device=2, **recipe)).communicate(timeout=500)[0]
+    text = (process := launch(project, "two", batch_size_per_device=2, **recipe)).communicate(timeout=1500)[0]
     assert process.returncode == 0, text[-3000:]
     assert text.count("resuming from outputs/adapters/two/checkpoints/checkpoint-") == text.count("24 steps, about") == 1
     assert text.count("outputs/adapters/two: 24 steps") == text.count("next: 06_evaluate") == 1
