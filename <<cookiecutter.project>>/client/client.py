@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import threading
 import time
 import unicodedata
 import urllib.error
@@ -16,7 +15,6 @@ import uuid
 from pathlib import Path
 
 FORMS = ("json_schema", "json_object")  # the second for servers that know only the older form (llama-cpp-python's)
-LOCK = threading.Lock()
 
 
 class ClientError(Exception):
@@ -83,9 +81,7 @@ def ask(contract: dict, text: str, log=None, **facts) -> dict:
     finally:
         if log:
             waited = time.perf_counter() - begin
-            with LOCK:  # two models, one log: the line names the one that answered
-                log.model_version = contract["version"]
-                log.write(text, "".join(answer), waited, value is not None, **facts)
+            log.write(text, "".join(answer), waited, value is not None, model_version=contract["version"], **facts)
 
 
 def told(reply: dict) -> dict:

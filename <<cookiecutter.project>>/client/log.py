@@ -30,14 +30,16 @@ class Log:
     def write(
         self, input: str, output: str, latency_s: float, parse_ok: bool, *, consent: bool, group: str = "",
         correction: str | None = None, request_id: str = "", license: str = "", confidence: float | None = None,
-        tokens_in: int | None = None, tokens_out: int | None = None,
+        tokens_in: int | None = None, tokens_out: int | None = None, model_version: str = "",
     ) -> str:  # fmt: skip
         """One request; returns its id, which a later correction needs. `consent`: may it be used to improve the model?
         `group`: customer or conversation, as an opaque number. `correction`: the right answer as contract JSON.
-        `confidence`: how sure the model was, 0 to 1; it and the tokens of prompt and answer where they are known."""
+        `confidence`: how sure the model was, 0 to 1; it and the tokens of prompt and answer where they are known.
+        `model_version`: the one that answered, where two share a log."""
         request_id = request_id or uuid.uuid4().hex
         facts = {"input": input, "output": output, "latency_s": latency_s, "parse_ok": parse_ok}
-        terms = {"correction": correction, "model_version": self.model_version, "group": group, "consent": consent, "license": license}
+        version = model_version or self.model_version
+        terms = {"correction": correction, "model_version": version, "group": group, "consent": consent, "license": license}
         known = {"confidence": confidence, "tokens_in": tokens_in, "tokens_out": tokens_out}
         self._put({"request_id": request_id, **facts, **terms, **known})
         return request_id
