@@ -248,7 +248,7 @@ def test_every_request_reaches_the_log(client, lying):
     assert [(text, output, ok) for text, output, _, ok, _ in lines] == [
         ("Blood.", '{"colour": "red", "sure": true}', True), ("Blood.", "Red, I think.", False), ("Blood.", "", False),
     ]  # fmt: skip
-    assert lines[0][2] > 0 and lines[2][4] == {"consent": False, "group": "c1"} and contract["version"] == "t f16"
+    assert lines[0][2] > 0 and lines[2][4] == {"consent": False, "group": "c1", "model_version": "t f16"}
 
 
 @pytest.mark.parametrize("reply, kept", [
