@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slm import registry
 from slm.contract import Contract
-from slm.curate.plots import BLUE, save
+from slm.curate.plots import BLUE, figure, save
 from slm.errors import SlmError
 from slm.evaluate.compare import FEW
 from slm.production.logs import LogLine, read_logs
@@ -171,10 +171,9 @@ def failing(settings, contract: Contract, router: Router) -> float:
 def plot(paths: Paths, alpha: float, path: Path) -> Path:
     """Per outcome: each model's rate so far with its confidence sequence, over the customers as they came."""
     import numpy as np
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 7), dpi=120, layout="constrained")
-    for axes, (name, came) in zip(figure.subplots(len(paths), sharex=True), paths.items(), strict=True):
+    drawn, panels = figure(7, 7, nrows=len(paths), sharex=True)
+    for axes, (name, came) in zip(panels, paths.items(), strict=True):
         x = np.unique(np.linspace(1, max(1, len(came)), 400).astype(int))
         for side, color in zip(SIDES, ("#4a5568", BLUE), strict=True):
             n, k = np.array([(one == side, one == side and bad) for one, bad in came] or [(0, 0)]).cumsum(axis=0)[x - 1].T
@@ -182,9 +181,9 @@ def plot(paths: Paths, alpha: float, path: Path) -> Path:
             axes.plot(x, np.where(n, k / n.clip(1), np.nan), color=color, label=side)
         axes.set(title=name, ylabel="share", ylim=(0, 1), xlim=(0, x[-1]))
     axes.set_xlabel("customers of both models, as they came")
-    figure.suptitle("Lines: share so far. Bands: where the rate lies, however often one looks.", fontsize=10)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return save(figure, path)
+    drawn.suptitle("Lines: share so far. Bands: where the rate lies, however often one looks.", fontsize=10)
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return save(drawn, path)
 
 
 def load(settings) -> Router:
