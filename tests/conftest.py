@@ -11,6 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "<<cookiecutter.project>>"
 
 
+def pytest_collection_modifyitems(items):
+    """`make test` runs two at a time: a file's tests in one process, but those of the generated project, the longest, each
+    by itself and first."""
+    items.sort(key=lambda item: item.path.stem != "test_generated")
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.name if item.path.stem == "test_generated" else item.path.stem))
+
+
 def files_of(folder: Path) -> list[str]:
     """Tracked files, and untracked ones that git does not ignore: what a clone would hold. Sorted, relative."""
     command = ["git", "ls-files", "-coz", "--exclude-standard", "--deduplicate"]

@@ -2,27 +2,24 @@
 
 # ruff: noqa: F401, F811
 
-import importlib.util
 import json
 import os
 import shlex
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
-import time
-import urllib.request
+from contextlib import ExitStack
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict
+from servers import LLAMA_CPP, completion, double, real_server
 from test_export import CONTRACT, project
+
+from slm.modules import load_module
 
 
 class Colour(BaseModel):
@@ -51,10 +48,7 @@ def folder(project):
 @pytest.fixture(scope="module")
 def client(folder):
     """The shipped client.py as a module."""
-    spec = importlib.util.spec_from_file_location("client", folder / "client.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(folder / "client.py")
 
 
 def recipe(folder, server: str) -> list[str]:
@@ -69,59 +63,33 @@ def url(folder, request):
     """A real server, started as the README says: llama-cpp-python's own, and llama.cpp's llama-server where there is one."""
     program = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
     if request.param == "llama-cpp-python":
-        for name in ("fastapi", "sse_starlette", "starlette_context", "pydantic_settings", "uvicorn"):
-            pytest.importorskip(name, reason="llama-cpp-python's server is not installed")
-        command = [sys.executable, *recipe(folder, request.param)[1:], "--n_threads", "1"]
+        command = [*LLAMA_CPP, *recipe(folder, request.param)[3:], "--n_threads", "1"]
     elif program:
         command = [program, *recipe(folder, request.param)[1:], "--threads", "1"]
     else:
         pytest.skip("no llama-server on PATH or in LLAMA_SERVER")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
-        address = f"http://127.0.0.1:{port}/v1"
-        try:
-            for _ in range(600):
-                assert server.poll() is None, os.pread(log.fileno(), 10**6, 0).decode()[-2000:]
-                try:
-                    urllib.request.urlopen(f"{address}/models", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            yield address
-        finally:
-            server.terminate()
-            server.wait()
+    with real_server(*command) as (address, _):
+        yield address
 
 
 @pytest.fixture
 def lying():
-    """A function: start a server that answers so; returns its address and the requests that it got."""
-    servers, got = [], []
+    """A function: start a server that answers so; returns its address and the requests that it got. 422: it does not
+    know the newer form of constraint."""
+    with ExitStack() as servers:
 
-    def start(content: str, finish: str = "stop", status: int = 200, tokens: int = 0):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                old = got[-1]["response_format"]["type"] == "json_schema" and status == 422
-                reply = {"choices": [{"message": {"content": content}, "finish_reason": finish}], "usage": {"prompt_tokens": tokens}}
-                self.send_response(422 if old else status if status != 422 else 200)
-                self.end_headers()
-                self.wfile.write(json.dumps({"detail": "response_format: not json_object"} if old else reply).encode())
+        def start(content: str, finish: str = "stop", status: int = 200):
+            got = []
 
-            def log_message(self, *_):
-                pass
+            def reply(body):
+                got.append(body)
+                if status == 422 and body["response_format"]["type"] == "json_schema":
+                    return 422, {"detail": "response_format: not json_object"}, {}
+                return 200 if status == 422 else status, completion(content, finish), {}
 
-        servers.append(HTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/v1", got
+            return servers.enter_context(double(reply)) + "/v1", got
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 def test_a_real_server_answers_in_the_contracts_terms(client, folder, url):
@@ -160,9 +128,7 @@ def test_the_log_of_a_real_server_is_judged_sampled_and_booked(client, folder, u
     from slm.production import read_logs, sample, watch
     from slm.settings import load_settings
 
-    spec = importlib.util.spec_from_file_location("log", folder / "log.py")
-    logger = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(logger)
+    logger = load_module(folder / "log.py")
     contract = client.load() | {"url": url}
     contract["sampling"] |= {"logprobs": True, "top_logprobs": 1}
     rates = {"production.logs": "asked.jsonl", "production.low_confidence": 1, "production.random_share": 0, "cost.serving_hourly_rate": 1}

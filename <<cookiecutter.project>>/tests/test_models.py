@@ -1,10 +1,9 @@
 """Models: batches, the answer cache, the endpoint client, the runtime."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from servers import completion, double, last
 
 from slm.errors import SlmError
 from slm.models import Answer, Prompt, alone
@@ -380,29 +379,15 @@ def server():
     """A local endpoint: the first request of each text is refused with 429, "broken" always with 401."""
     seen = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = body["messages"][-1]["content"]
-            status = 401 if text == "broken" else 429 if text not in seen else 200
-            seen.append(text)
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text.upper()}}
-            usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
-            data = json.dumps(reply if status == 200 else {"error": {"message": "no"}}).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def reply(body):
+        text = last(body)
+        status = 401 if text == "broken" else 429 if text not in seen else 200
+        seen.append(text)
+        sent = completion(text.upper(), completion_tokens=2) if status == 200 else {"error": {"message": "no"}}
+        return status, sent, {}
 
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield Endpoint(url=f"http://127.0.0.1:{http.server_port}/v1", model="m", concurrency=4)
-    http.shutdown()
+    with double(reply) as address:
+        yield Endpoint(url=f"{address}/v1", model="m", concurrency=4)
 
 
 def test_an_endpoint_is_asked_again_after_429_and_answers_in_order(server):

@@ -1,6 +1,5 @@
 """The flywheel: logs, scrubbing, and evaluation before training."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slm.contract import Contract
 from slm.errors import SlmError
+from slm.modules import load_module
 from slm.production import read_logs, rows_of, sample, save_sample, scrub, scrub_logs
 from slm.production.scrub import guesser, spans
 from slm.rows import make_row, read_rows, write_rows
@@ -140,10 +140,7 @@ def test_a_wrong_schema_is_told_without_its_content(settings, record):
 
 
 def logger(**how):
-    spec = importlib.util.spec_from_file_location("request_log", ROOT / "client/log.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Log(how.pop("path"), "m1", **how)
+    return load_module(ROOT / "client/log.py").Log(how.pop("path"), "m1", **how)
 
 
 def test_what_the_clients_log_writes_is_what_the_flywheel_reads(settings):

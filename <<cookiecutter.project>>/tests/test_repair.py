@@ -2,13 +2,13 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
+from servers import double
 
 from slm import registry, repair
 from slm.contract import Contract
@@ -295,24 +295,15 @@ def test_a_real_endpoint_that_stalls_or_talks_html_costs_the_judge_and_nothing_e
     """Guards against a repair that hangs, or breaks off, with a server that a faked model would never be."""
     over = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            over.wait(20 if stalls else 0)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"<html>gateway</html>")
+    def reply(_):
+        over.wait(20 if stalls else 0)
+        return 200, b"<html>gateway</html>", {"Content-Type": "text/html"}
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    own = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "timeout_s": 0.2 if stalls else 20, "retries": 0}
     pairs = failures(5)
-    found = examined(settings, pairs, [], repair={"judge": own})
-    over.set()
-    server.shutdown()
-    server.server_close()
+    with double(reply) as address:
+        own = {"url": f"{address}/v1", "model": "m", "timeout_s": 0.2 if stalls else 20, "retries": 0}
+        found = examined(settings, pairs, [], repair={"judge": own})
+        over.set()
     said = capsys.readouterr().out
     assert found == examined(settings, pairs, []) and line in said and "by rule" in said and "secret-word" not in said
 

@@ -3,14 +3,13 @@
 import json
 import random
 import re
-import threading
 from collections import Counter
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict
+from servers import completion, double, last
 from test_curate import ROOT, settings
 
 from slm import cost, registry
@@ -60,29 +59,13 @@ def endpoint(reply):
     """An OpenAI-compatible endpoint on localhost; `reply(prompt)` gives the text, or a status code."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body["messages"][-1]["content"])
-            said = reply(asked[-1])
-            out = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [
-                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
-            ], "usage": {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}}  # fmt: skip
-            self.send_response(said if isinstance(said, int) else 200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps({"error": {}} if isinstance(said, int) else out).encode())
+    def answer(body):
+        asked.append(last(body))
+        said = reply(asked[-1])
+        return (said, {"error": {}}, {}) if isinstance(said, int) else (200, completion(said), {})
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with double(answer) as address:
+        yield f"{address}/v1", asked
 
 
 def say(decision="accept", **scores):

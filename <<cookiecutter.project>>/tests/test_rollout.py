@@ -2,30 +2,23 @@
 
 # ruff: noqa: F401, F811
 
-import importlib.util
 import json
-import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from servers import LLAMA_CPP, completion, double, last, real_server
 from test_export import project
 from test_production import CONTRACT, line
 
 from slm import registry
 from slm.errors import SlmError
 from slm.models.base import Answer
-from slm.production import canary, shadow
+from slm.modules import load_module
+from slm.production import canary, monitor, shadow
 from slm.production.logs import LogLine
 from slm.rows import write_json, write_jsonl
 from slm.sections import Canary
@@ -56,39 +49,19 @@ def settings(tmp_path):
 @pytest.fixture
 def endpoint():
     """A function: start a server that answers a text so; returns its address and the texts that it got. None: HTTP 500."""
-    servers = []
+    with ExitStack() as servers:
 
-    def start(answer, tokens: int = 7):
-        got = []
+        def start(answer, tokens: int = 7):
+            got = []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
-                got.append(text)
+            def reply(body):
+                got.append(text := last(body))
                 content = '{"label":"a"}' if text == "probe" else answer(text)
-                body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}], "usage": {"prompt_tokens": tokens}}
-                self.send_response(500 if content is None else 200)
-                self.end_headers()
-                self.wfile.write(json.dumps(body).encode())
+                return 500 if content is None else 200, completion(content, prompt_tokens=tokens), {}
 
-            def log_message(self, *_):
-                pass
+            return servers.enter_context(double(reply)) + "/v1", got
 
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/v1", got
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def load_client(folder):
-    spec = importlib.util.spec_from_file_location("client", folder / "client.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        yield start
 
 
 def label_a(text):
@@ -318,7 +291,7 @@ def test_the_plan_says_what_a_decision_takes():
 
 
 @pytest.fixture
-def started(settings):
+def running(settings):
     """The project with a canary of run `new`."""
     release = registry.latest(settings, "runs", stage="release", run_id="new")
     passed = {"stage": "shadow", "run_id": "new", "passed": True, "release": release["hash"]}
@@ -347,7 +320,7 @@ def test_start_needs_a_shadow_of_this_very_release_and_no_other_canary(started):
 
 def test_a_customer_keeps_a_model_and_the_share_is_kept(started):
     """Guards against customers who get another model at each request, and against half the traffic for a tenth."""
-    client = load_client(started.path("client"))
+    client = load_module(started.path("client/client.py"))
     current = TERMS | {"version": "old q8_0"}
     got = [client.route(current, f"c{n}")["version"] for n in range(2000)]
     assert got == [client.route(current, f"c{n}")["version"] for n in range(2000)]
@@ -359,7 +332,7 @@ def test_a_customer_keeps_a_model_and_the_share_is_kept(started):
 def test_a_torn_router_file_sends_everybody_to_the_current_model(started, content):
     """Guards against a client that stops answering, or gives all to the candidate, because of half a file."""
     started.path("client/router.json").write_bytes(content.encode("latin-1"))
-    client, current = load_client(started.path("client")), TERMS | {"version": "old q8_0"}
+    client, current = load_module(started.path("client/client.py")), TERMS | {"version": "old q8_0"}
     assert all(client.route(current, f"c{n}") is current for n in range(20))
     with pytest.raises(SlmError, match="router.json: torn, or changed by hand .*start the canary again"):
         canary.check(started, CONTRACT)
@@ -380,7 +353,7 @@ def test_a_roll_back_takes_the_candidate_out_at_once_and_for_good(started, monke
         with pytest.raises(SystemExit) as left:
             cli.app(["canary", "check"])
         assert left.value.code == 1
-    client, current = load_client(started.path("client")), TERMS | {"version": "old q8_0"}
+    client, current = load_module(started.path("client/client.py")), TERMS | {"version": "old q8_0"}
     assert all(client.route(current, f"c{n}") is current for n in range(50))
     assert [r["decision"] for r in records(started, "canary")] == ["started", "rolled back"]
     out = capsys.readouterr().out
@@ -412,32 +385,9 @@ def test_two_looks_at_once_decide_once(started):
 # For real.
 
 
-@contextmanager
-def serve(file):
-    """llama-cpp-python's own server with a GGUF file: its address and its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(file), "--n_ctx", "1024", "--n_threads", "1"]
-    with tempfile.TemporaryFile() as said, subprocess.Popen([*command, "--port", str(port)], stdout=said, stderr=said) as server:
-        try:
-            for _ in range(600):
-                assert server.poll() is None, os.pread(said.fileno(), 10**6, 0).decode()[-2000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}/v1", server
-        finally:
-            server.terminate()
-
-
 def test_two_real_servers_from_shadow_to_promotion_and_roll_back(tmp_path, request):
     """Guards against parts that only fit each other's doubles: two llama.cpp servers with two files, asked and logged
-    through client.py; a like candidate is promoted, and rolled back when its server dies."""
-    for name in ("fastapi", "sse_starlette", "starlette_context", "pydantic_settings", "uvicorn"):
-        pytest.importorskip(name, reason="llama-cpp-python's server is not installed")
+    through client.py; a like candidate is promoted, and rolled back when its server dies, which the monitor sees in the same log."""
     from test_client import SHORT
 
     from slm.export.client import write_client
@@ -454,11 +404,11 @@ def test_two_real_servers_from_shadow_to_promotion_and_roll_back(tmp_path, reque
         shutil.copy(file.path, folder)
         write_client(load_settings(start=made.root, run_id=run, overrides={"evaluate.max_new_tokens": 48}), SHORT, merged, folder / file.path.name)
         registry.append(settings, "runs", {"stage": "release", "run_id": run})
-    with serve(files[0].path) as (old, _), serve(files[1].path) as (new, process):
-        client, log = load_client(settings.path("client")), settings.path("requests.jsonl")
-        spec = importlib.util.spec_from_file_location("log", settings.path("client/log.py"))
-        logger = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(logger)
+    options = ["--n_ctx", "1024", "--n_threads", "1"]
+    servers = [real_server(*LLAMA_CPP, "--model", str(file.path), *options) for file in files]
+    with servers[0] as (old, _), servers[1] as (new, process):
+        client, log = load_module(settings.path("client/client.py")), settings.path("requests.jsonl")
+        logger = load_module(settings.path("client/log.py"))
         current = client.load(settings.path("outputs/gguf/old/client")) | {"url": old}
 
         def serve_customers(begin, end):
@@ -485,6 +435,10 @@ def test_two_real_servers_from_shadow_to_promotion_and_roll_back(tmp_path, reque
         serve_customers(70, 110)
         found, notes, *_ = canary.check(settings, SHORT)
         assert found.status == "rolled back" and notes[0].startswith("unreadable")
+        seen = {(line["model"], line["measure"]): line for line in monitor.watch(settings, SHORT)["lines"]}
+        worst = seen["new q8_0", monitor.ERRORS]
+        assert worst["verdict"] == monitor.BAD and worst["value"] > 0.3 and seen["old f16", monitor.ERRORS]["verdict"] == "ok"
+        assert settings.path("outputs/monitor/monitor.png").stat().st_size > 5000
         assert client.ask(client.route(current, "c71"), "Colour?")["colour"] in ("red", "blue")
     lines = [json.loads(one) for one in log.read_text().splitlines()]
     assert len(lines) == 110 and {one["model_version"] for one in lines} == {"old f16", "new q8_0"}

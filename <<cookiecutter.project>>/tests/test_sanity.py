@@ -3,13 +3,13 @@
 import csv
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 import test_train
 import yaml
+from servers import double
 from test_train import SMOKE, WORDS, contract, settings_of
 from typer.testing import CliRunner
 
@@ -344,24 +344,15 @@ def short_context(patch, folder):
     (folder / "project.yaml").write_text(yaml.safe_dump({**SMOKE, "model": {"base": str(target)}}))
 
 
+SERVERS = ExitStack()
+
+
 def hub(status, code):
     """A Hub on this machine that answers every request with this status and error code, as the real one does."""
 
-    class Refuses(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
     def plant(patch, folder):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        patch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        address = SERVERS.enter_context(double(lambda _: (status, b"", {"X-Error-Code": code})))
+        patch.setattr("huggingface_hub.constants.ENDPOINT", address)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         (folder / "project.yaml").write_text(yaml.safe_dump({**SMOKE, "model": {"base": "nobody/nothing"}}))
 

@@ -2,7 +2,6 @@
 
 `make bench NAME=privacy`; with presidio when `pip install -e '.[privacy]'` and a spaCy model are there: SPACY=name."""
 
-import importlib.util
 import json
 import os
 import statistics
@@ -16,12 +15,11 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 from personal import labelled, measure, table  # noqa: E402
 
+from slm.modules import load_module  # noqa: E402
 from slm.production.scrub import guesser, scrub, spans  # noqa: E402
 from slm.settings import Settings  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("log", PROJECT / "client/log.py")
-log = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(log)
+log = load_module(PROJECT / "client/log.py")
 
 
 def main() -> None:

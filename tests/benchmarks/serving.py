@@ -132,6 +132,7 @@ def main() -> None:
     from slm.export.merge import adapter_folder
     from slm.models import base_folder, student
     from slm.models.llama_cpp import LlamaCppModel
+    from slm.modules import load_module
     from slm.rows import read_rows
     from slm.settings import load_settings
     from task.contract import contract
@@ -139,9 +140,7 @@ def main() -> None:
     settings = load_settings(start=options.project, profile=options.profile, run_id=options.run)
     folder, limit = settings.path(f"outputs/gguf/{options.run}"), settings.evaluate.max_new_tokens
     file = re.search(r"^FROM (\S+)$", (folder / "Modelfile").read_text(encoding="utf-8"), re.MULTILINE)[1]
-    spec = importlib.util.spec_from_file_location("client", folder / "client/client.py")
-    client = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(client)
+    client = load_module(folder / "client/client.py")
     terms, rows, found, references = client.load(), read_rows(settings.path("data/eval/golden.jsonl")), {}, {}
     values = {"FILE": file, "NAME": terms["model"], "RUN": options.run, "BASE": str(base_folder(settings))}
 

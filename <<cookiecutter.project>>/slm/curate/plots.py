@@ -10,17 +10,16 @@ BLUE, RED = "#4878a8", "#c8553d"
 
 
 def plot_funnel(steps: list[dict], path: Path) -> Path:
-    """Horizontal bars, rows left after each gate, saved as PNG; returns the path."""
-    names, left = ["read", *(s["gate"] for s in steps)], [steps[0]["in"] if steps else 0, *(s["out"] for s in steps)]
-    lost = [0, *(step["rejected"] for step in steps)]
-    drawn, axes = figure(8, 0.34 * len(names) + 1)
-    axes.barh(names, left, color=BLUE, label="kept")
-    axes.barh(names, lost, left=left, color=RED, label="rejected")
-    for place, (kept, gone) in enumerate(zip(left, lost, strict=True)):
-        axes.text(kept + gone, place, f" {kept:,}" + (f" (-{gone:,})" if gone else ""), va="center", fontsize=8)
+    """Horizontal bars, the rows that each gate refused and how many it left, saved as PNG; returns the path."""
+    names, lost = [step["gate"] for step in steps], [step["rejected"] for step in steps]
+    drawn, axes = figure(8, 0.34 * len(names) + 1.3)
+    axes.barh(names, lost, color=RED)
+    for place, step in enumerate(steps):
+        axes.text(step["rejected"], place, f" {step['rejected']:,} refused, {step['out']:,} left", va="center", fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="rows", xlim=(0, 1.15 * max(1, *left)))
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
+    read, kept = (steps[0]["in"], steps[-1]["out"]) if steps else (0, 0)
+    axes.set(xlabel="rows refused", xlim=(0, 1.4 * max([1, *lost])), title=f"{read:,} rows read, {kept:,} accepted")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return save(drawn, path)
 
 

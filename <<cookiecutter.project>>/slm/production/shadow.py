@@ -1,6 +1,5 @@
 """Shadow: a released run and the model in production answer the same logged requests; the new answers reach nobody."""
 
-import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from slm.evaluate.metrics import Result, cost_per_1k, interval
 from slm.evaluate.release import last_released
 from slm.evaluate.scorers import comparable, score_row
 from slm.models.base import Answer
+from slm.modules import load_module
 from slm.production.forget import refuse
 from slm.production.logs import LogLine, read_logs
 from slm.production.scrub import scrub_logs
@@ -77,9 +77,7 @@ def shadow(
 def ask(settings, arms: dict[str, dict], lines: Sequence[LogLine]) -> dict[str, list[Answer]]:
     """Both sides' answers through client/client.py: one request at a time, each side first in every other one. A request
     that fails is a failed answer. Raises SlmError when an endpoint is down, or builds another prompt than was trained."""
-    spec = importlib.util.spec_from_file_location("client", settings.path("client/client.py"))
-    client, answers, said = importlib.util.module_from_spec(spec), {side: [] for side in arms}, ""
-    spec.loader.exec_module(client)
+    client, answers, said = load_module(settings.path("client/client.py")), {side: [] for side in arms}, ""
     try:
         for terms in arms.values():
             client.check(terms)  # warms it up, too

@@ -1,19 +1,16 @@
 """The chosen trainer's own script, training/train_*.py: how it loads the model and makes the trainer, read there, used here."""
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+
+from slm.modules import load_module
 
 SCRIPTS = {"trl": "train_trl_peft.py", "unsloth": "train_unsloth.py"}
 
 
 def script(settings) -> ModuleType:
     """The script of `train.trainer` as a module, with `load_model` and `make_trainer`."""
-    path = Path(__file__).resolve().parents[2] / "training" / SCRIPTS[settings.train.trainer]
-    spec = spec_from_file_location(path.stem, path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).resolve().parents[2] / "training" / SCRIPTS[settings.train.trainer])
 
 
 def load(settings):
