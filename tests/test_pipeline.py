@@ -205,7 +205,7 @@ server.serve_forever()
 
 
 def test_a_repair_round_runs_the_loop_again_and_undoes_what_did_not_help(ran, tmp_path):
-    """A repair that never reaches training, or that leaves its rows behind when dev is no better."""
+    """A repair that never reaches training or its DPO, or that leaves its rows behind when dev is no better."""
     shutil.copytree(ran, project := tmp_path / "p", ignore=shutil.ignore_patterns("gguf", "merged"))
     scores = project / "outputs/eval_reports/first/scores.json"
     results = json.loads(scores.read_text())
@@ -221,6 +221,7 @@ def test_a_repair_round_runs_the_loop_again_and_undoes_what_did_not_help(ran, tm
     try:
         url = f"generate.endpoint.url=http://127.0.0.1:{teacher.stdout.readline().strip()}/v1"
         said = ["generate.teacher=openai", url, "generate.endpoint.model=m", "generate.feasible_at=0", "repair.clusters_max=1"]
+        said += ["preference.method=dpo", "preference.limit=6", "preference.max_steps=2"]
         done = slm(project, "repair", "first", "--apply", *(part for one in said for part in ("-s", one)))
     finally:
         teacher.kill()
@@ -230,6 +231,8 @@ def test_a_repair_round_runs_the_loop_again_and_undoes_what_did_not_help(ran, tm
     [cluster] = record["rows"]
     assert cluster["asked"] >= 20 and cluster["accepted"] >= 10
     assert (project / "outputs/adapters/first-repair-1/adapter_model.safetensors").is_file()
+    tuned = [r["preference"] for r in registry(project, "runs") if r["run_id"] == "first-repair-1" and "preference" in r]
+    assert [t["method"] for t in tuned] == ["dpo"] and tuned[0]["metrics"]["pairs"] >= 1
     assert "unchanged" in (project / "outputs/eval_reports/first-repair-1/repair.md").read_text()
     assert (project / "data/accepted/train.jsonl").read_bytes() == before
     [moved] = record["files"]
