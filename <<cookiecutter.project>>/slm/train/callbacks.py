@@ -205,9 +205,9 @@ def plot_loss(history: list[dict], path: Path) -> Path:
     for key, label, style in (("loss", "train, per batch", "-"), ("eval_loss", "dev_internal", "o-")):
         points = [(e["step"], e[key]) for e in history if key in e]
         axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label, markersize=4)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per answer token)")
-    axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per answer token)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
     if task := [(e["step"], e["eval_task"]) for e in history if "eval_task" in e]:
         right = axes.twinx()
         right.plot(*zip(*task, strict=True), "s--", color="C2", label="dev_internal, task metric (right)", markersize=4)

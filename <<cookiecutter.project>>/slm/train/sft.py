@@ -257,13 +257,13 @@ def _facts(settings, contract, tokenizer) -> dict:
     if not known:
         _say("WARNING: these rows are not a recorded dataset version; run 04_curate, or the release gate will not pass.")
     facts = {"rows": files, "contract": contract.schema_hash, "chat_template": digest(tokenizer.chat_template)}
-    facts["base_hash"] = base_hash(settings)
+    facts["base_hash"], force = base_hash(settings), in_force(settings)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=settings.root, capture_output=True, text=True, check=False)
     return head(settings) | {
         "recipe_hash": recipe_hash(settings, processes=processes(), **facts),
         "parents": {"dataset": known[-1]["version"] if known else None, "base": settings.model.base, **facts},
         "commit": commit.stdout.strip() or None, "packages": registry.versions(PACKAGES),
-        "seeds": {"train": settings.train.seed, "split": settings.curate.seed}, "device": in_force(settings)["device"],
+        "seeds": {"train": settings.train.seed, "split": settings.curate.seed}, "device": force["device"], "in_force": force,
         "recipe": settings.train.model_dump(),
     }  # fmt: skip
 
