@@ -179,7 +179,7 @@ def test_a_category_that_training_hardly_has_is_one_cluster():
     pairs = failures(12) + [pair('{"label":"billing","number":"7"}', user="one more"), pair('{"label":"none","number":null}')]
     [found] = repair.clusters(repair.diagnose(pairs, TICKET, trained), pairs)
     assert (found.name, len(found.findings), found.label) == ("missing category / billing", 14, "billing")
-    assert "only 12 training rows of billing, the median label has 70" == found.root_cause
+    assert "training rows of billing: only 12, the median label has 70" == found.root_cause
     enough = repair.diagnose(pairs, TICKET, trained | {"billing": 18})
     assert "missing category" not in {f.cause for f in enough}
 

@@ -382,9 +382,10 @@ def test_bad_input_gives_one_clear_error_and_a_failed_record(project, monkeypatc
     for name in ("adapter_model.safetensors", "settings.yaml", "training_log.csv", "training_loss.png"):
         out.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(f"the {name} of an earlier run")
-    plant(monkeypatch, project)
-    with pytest.raises(SlmError, match=error):
-        train(settings_of(project), contract)
+    with SERVERS:
+        plant(monkeypatch, project)
+        with pytest.raises(SlmError, match=error):
+            train(settings_of(project), contract)
     assert [r["status"] for r in runs(project)] == ["failed"] and runs(project)[0]["run_id"] == "r1"
     kept = {f.name: f.read_text() for f in out.iterdir() if f.is_file()}
     assert len(kept) == 4 and all(text == f"the {name} of an earlier run" for name, text in kept.items())

@@ -86,7 +86,7 @@ def _trained(case: Case) -> str:
     if case.trained is None:
         return ""
     count, median = case.trained.get(case.label, 0), median_low(case.trained.values() or [0])
-    return f"only {count} training rows of {case.label}, the median label has {median}" if count < max(TRAINED, median / 4) else ""
+    return f"training rows of {case.label}: only {count}, the median label has {median}" if count < max(TRAINED, median / 4) else ""
 
 
 def _long(case: Case) -> str:

@@ -59,7 +59,7 @@ def against_training(settings, contract: Contract, found: Sequence[Cluster], pai
             blame, why = "data", f"like rows of training teach the opposite ({named}); look at them first"
         elif blame == "data" and (field := cluster.findings[0].field) and not why:
             blame, told = ("data", f"too few, {TAUGHT} are wanted") if least < TAUGHT else ("model", "enough, so it is not learnt")
-            why = f"{least} training rows of this kind teach the right {field}: {told}"
+            why = f"training rows of this kind that teach the right {field}: {least}, {told}"
         likest = sorted(twins, key=lambda i: -twins[i])[:NEAREST]
         about = {"twins": [f"{i} ({twins[i]})" for i in likest], "contradictions": against, "blame": blame}
         result.append(cluster.model_copy(update=about | {"root_cause": why or CAUSES[cluster.cause]["mend"]}))
