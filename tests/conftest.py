@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "<<cookiecutter.project>>"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """`make test` runs two at a time: a file's tests in one process, but those of the generated project, the longest, each
     by itself and first."""
