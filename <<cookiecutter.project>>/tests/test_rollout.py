@@ -291,7 +291,7 @@ def test_the_plan_says_what_a_decision_takes():
 
 
 @pytest.fixture
-def running(settings):
+def started(settings):
     """The project with a canary of run `new`."""
     release = registry.latest(settings, "runs", stage="release", run_id="new")
     passed = {"stage": "shadow", "run_id": "new", "passed": True, "release": release["hash"]}
