@@ -31,7 +31,7 @@ demo: setup  ## bake the default project to build/demo and run its eight noteboo
 	@echo "Executed notebooks: build/demo/outputs/runs/demo/    Model files: build/demo/outputs/gguf/demo/"
 
 test: setup  ## every test of the template, the baked project's included
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: setup  ## a measurement: make bench NAME=snips
 	$(BIN)/python tests/benchmarks/$(NAME).py

@@ -11,13 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "<<cookiecutter.project>>"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """`make test` runs two at a time: a file's tests in one process, but those of the generated project, the longest, each
-    by itself and first."""
-    items.sort(key=lambda item: item.path.stem != "test_generated")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.name if item.path.stem == "test_generated" else item.path.stem))
+    """`make test` runs two files at a time: the longest comes first."""
+    items.sort(key=lambda item: item.path.stem != "test_own_tests")
 
 
 def files_of(folder: Path) -> list[str]:
