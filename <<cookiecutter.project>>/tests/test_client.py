@@ -132,7 +132,7 @@ def test_the_log_of_a_real_server_is_judged_sampled_and_booked(client, folder, u
     logger = load_module(folder / "log.py")
     contract = client.load() | {"url": url}
     contract["sampling"] |= {"logprobs": True, "top_logprobs": 1}
-    name = f"asked-{url.split(':')[2].split('/')[0]}.jsonl"  # one log for each server
+    name = contract["version"] = f"asked-{url.split(':')[2].split('/')[0]}.jsonl"  # a log and a model for each server
     rates = {"production.logs": name, "production.low_confidence": 1, "production.random_share": 0, "cost.serving_hourly_rate": 1}
     settings = load_settings(start=project[0].root, overrides=rates)
     with logger.Log(settings.path(name), contract["version"]) as log:
