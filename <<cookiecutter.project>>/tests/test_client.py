@@ -16,7 +16,7 @@ from typing import Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict
-from servers import LLAMA_CPP, completion, double, real_server
+from servers import completion, double, real_server
 from test_export import CONTRACT, project
 
 from slm.modules import load_module
@@ -63,7 +63,7 @@ def url(folder, request):
     """A real server, started as the README says: llama-cpp-python's own, and llama.cpp's llama-server where there is one."""
     program = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
     if request.param == "llama-cpp-python":
-        command = [*LLAMA_CPP, *recipe(folder, request.param)[3:], "--n_threads", "1"]
+        command = [sys.executable, *recipe(folder, request.param)[1:], "--n_threads", "1"]
     elif program:
         command = [program, *recipe(folder, request.param)[1:], "--threads", "1"]
     else:
