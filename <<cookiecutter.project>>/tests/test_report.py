@@ -308,7 +308,7 @@ def test_the_card_fills_every_section_and_says_what_was_not_run(settings):
     run_06(settings)
     text = model_card.write(settings, CONTRACT, "dev", EXPORT).read_text()
     for section in SECTIONS:
-        body = text.split(f"\n## {section}\n")[1].split("\n## ")[0].strip()
+        body = text.split(f"\n\n## {section}\n")[1].split("\n## ")[0].strip()
         assert len(body) > 20, section
     assert not any(mark in text for mark in ("TODO", "TBD", "{", "None", " nan"))
     waits = "p50 600.0 ms, p95 1.10 s in the runtime"
