@@ -30,8 +30,9 @@ demo: setup  ## bake the default project to build/demo and run its eight noteboo
 	@echo "Report, model card, plots: build/demo/outputs/eval_reports/demo/"
 	@echo "Executed notebooks: build/demo/outputs/runs/demo/    Model files: build/demo/outputs/gguf/demo/"
 
+# One thread for each of the two workers: more than the machine has cores spend half their time waiting for each other.
 test: setup  ## every test of the template, the baked project's included
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: setup  ## a measurement: make bench NAME=snips
 	$(BIN)/python tests/benchmarks/$(NAME).py

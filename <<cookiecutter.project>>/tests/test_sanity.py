@@ -205,7 +205,7 @@ def test_the_task_metric_of_a_real_run_is_in_its_log_and_record(project, monkeyp
     """Guards against a choice by numbers that no answer stands behind, and against looks at an evaluation set."""
     asked = []
     monkeypatch.setattr(callbacks, "score_row", lambda c, r, a: (asked.append(r.id), SimpleNamespace(value=0.5))[1])
-    monkeypatch.setattr(callbacks, "SHARE", 5.0)  # four steps leave no time
+    monkeypatch.setattr(callbacks, "SHARE", 1e6)  # four steps leave no time, on a busy machine least
     metrics = train(settings_of(project, early_stopping_metric="task"), contract)["metrics"]
     assert asked and {*asked} <= {r.id for r in read_rows(project / "data/accepted/dev_internal.jsonl")}
     assert metrics["task_best"] == 0.5 and metrics["task_looks"] == 2 and metrics["best_step"] in (2, 4) and metrics["task_share"] > 0

@@ -263,7 +263,7 @@ def start(project, run_id="r1", **overrides):
     overrides = {f"train.{k}": v for k, v in overrides.items()}
     code = SCRIPT.format(root=root, project=str(project), run_id=run_id, overrides=overrides)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "2"}, **pipes)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
 
 
 @pytest.mark.slow
