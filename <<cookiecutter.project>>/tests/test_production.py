@@ -182,11 +182,12 @@ def test_a_full_disk_and_a_torn_line_cost_only_themselves(settings, capsys):
     log = logger(path=path.with_name("away") / "x", waiting=50)
     log.path.mkdir()  # no file can be opened there
     log.write("a", "{}", 0.1, True, consent=True)
-    time.sleep(0.3)
+    while not log.dropped:
+        time.sleep(0.01)
     log.path = path
     log.write("b", "{}", 0.1, object(), consent=True)  # no JSON
     log.write("c", "{}", 0.1, True, consent=True)
-    assert log.close() == 2
+    assert log.close(timeout=30) == 2
     found = read_logs(path)
     assert [one.input for one in found.lines] == ["message number 1", "c"] and len(found.problems) == 1 and found.dropped == 2
     assert "Is a directory" in capsys.readouterr().err
@@ -198,7 +199,7 @@ def test_a_forked_server_logs_too(settings):
     log = logger(path=settings.path("requests.jsonl"))
     if not (child := os.fork()):
         log.write("from the child", "{}", 0.1, True, consent=True)
-        os._exit(log.close())
+        os._exit(log.close(timeout=30))
     assert os.waitpid(child, 0)[1] == 0
     assert [one.input for one in read_logs(log.path).lines] == ["from the child"]
 
